@@ -1,3 +1,56 @@
-"""Vision Mamba: bidirectional selective state-space vision backbones."""
+"""Vision Mamba: bidirectional selective state-space vision backbones.
+
+The public names; each is imported at its first use, so that `import visionmamba` itself is quick and light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from visionmamba.models.deit import DeiTConfig
+    from visionmamba.models.mixer import BidirectionalMixer
+    from visionmamba.models.vim import Vim, VimBlock, VimConfig
+    from visionmamba.models.weights import load, save
+    from visionmamba.ops import selective_scan
+    from visionmamba.tasks.classification import Classification, Classifier
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BidirectionalMixer",
+    "Classification",
+    "Classifier",
+    "DeiTConfig",
+    "Vim",
+    "VimBlock",
+    "VimConfig",
+    "__version__",
+    "load",
+    "save",
+    "selective_scan",
+]
+
+_HOMES = {
+    "BidirectionalMixer": "visionmamba.models.mixer",
+    "Classification": "visionmamba.tasks.classification",
+    "Classifier": "visionmamba.tasks.classification",
+    "DeiTConfig": "visionmamba.models.deit",
+    "Vim": "visionmamba.models.vim",
+    "VimBlock": "visionmamba.models.vim",
+    "VimConfig": "visionmamba.models.vim",
+    "load": "visionmamba.models.weights",
+    "save": "visionmamba.models.weights",
+    "selective_scan": "visionmamba.ops",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'visionmamba' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,67 @@
+# `make demo`  set up once, train Vim beside DeiT on real images, write runs/demo/report.html
+# `make test`  set up once, run every check; `make test-gpu` runs the tests that need a CUDA device
+# Nothing but a Python >= 3.11 and a network connection is needed; everything goes into .venv, build and runs.
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+WORKERS ?= 2
+PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu format lint types tests tests-without-compiler tests-from-wheel clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -n 3
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@for name in "$$PYTHON" python3 python3.13 python3.12 python3.11 python3.14; do \
+	  if [ -n "$$name" ] && "$$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    python="$$name"; break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "visionmamba needs Python 3.11 or newer with its venv module, and none was found on PATH;" \
+	       "install it (Debian, Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python3.11 demo" >&2; \
+	  exit 1; \
+	fi; \
+	if ! $(BIN)/python -c '' 2>/dev/null; then \
+	  echo "Setting up $(VENV) with $$("$$python" --version); the first time downloads PyTorch and takes some minutes."; \
+	  "$$python" -m venv --clear $(VENV) || exit 1; \
+	fi
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/visionmamba demo --out runs/demo
+
+test: lint types tests tests-without-compiler tests-from-wheel
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+tests: $(READY)
+	$(PYTEST)
+
+tests-without-compiler: $(READY)
+	bash .ci/tests_without_compiler $(BIN) $(WORKERS)
+
+tests-from-wheel: $(READY)
+	bash .ci/tests_from_wheel $(BIN) $(WORKERS)
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu -rs
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
