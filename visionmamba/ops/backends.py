@@ -1,0 +1,26 @@
+"""Which implementation runs each op on each device, and why: what `visionmamba info` shows."""
+
+from dataclasses import dataclass
+
+OPS = ("selective_scan", "bidirectional_scan", "causal_conv1d", "rms_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendStatus:
+    """The implementation that one op uses on one kind of device."""
+
+    op: str
+    """Name of the op, e.g. "selective_scan"."""
+    device: str
+    """Device type as torch names it: "cpu" or "cuda"."""
+    name: str
+    """"cpp" (compiled at first use), "cuda" (kernels of this package) or "torch" (PyTorch operations)."""
+    reason: str
+    """One sentence: why this one."""
+
+
+def backends() -> tuple[BackendStatus, ...]:
+    """Return the implementation of each op on each device of this machine."""
+    return tuple(
+        BackendStatus(op=op, device="cpu", name="torch", reason="PyTorch operations") for op in OPS
+    )

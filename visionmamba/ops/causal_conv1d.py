@@ -1,0 +1,143 @@
+"""Depthwise convolution over the tokens on one side, with SiLU fused: the checked face and the torch.library op."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visionmamba.ops._checks import (
+    check_dtypes_and_devices,
+    check_ndim,
+    check_shape,
+    parameter_dtype,
+)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    reverse: bool = False,
+    activation: Literal["silu"] | None = None,
+) -> Tensor:
+    """Convolve every channel along the tokens, each token seeing itself and the K - 1 before it.
+
+    y_t = act(bias + sum_k weight[:, k] x_{t-K+1+k}), zeros outside; with reverse the K - 1 tokens behind are seen,
+    y_t = act(bias + sum_k weight[:, k] x_{t+K-1-k}), which equals flip(conv(flip(x))).
+
+    Args:
+        x: (B, L, E) float32, bfloat16 or float16; a strided view whose last axis is contiguous is read in place.
+        weight: (E, K) float32.
+        bias: (E,) float32, or None.
+        reverse: look at the tokens behind instead of the ones before.
+        activation: "silu" or None.
+
+    Returns:
+        y (B, L, E) in x's dtype, computed in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
+    """
+    op = "causal_conv1d"
+    check_ndim(op, "x", x, "(B, L, E)", 3)
+    check_ndim(op, "weight", weight, "(E, K)", 2)
+    d_inner = x.shape[2]
+    check_shape(op, "weight", weight, "(E, K)", (d_inner, weight.shape[1]))
+    if bias is not None:
+        check_shape(op, "bias", bias, "(E,)", (d_inner,))
+    check_dtypes_and_devices(op, (("x", x), ("weight", weight), ("bias", bias)))
+    if activation not in (None, "silu"):
+        raise ValueError(
+            f"{op}: activation must be 'silu' or None, got {activation!r}; "
+            "apply other activations to the result"
+        )
+    dtype = parameter_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _causal_conv1d(x, weight.to(dtype), bias, reverse, activation == "silu")
+    return y
+
+
+def causal_conv1d_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
+) -> Tensor:
+    """Return the op's result by plain PyTorch operations."""
+    with torch.autocast(x.device.type, enabled=False):
+        y = _convolve(x.to(weight.dtype), weight, bias, reverse)
+        return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def causal_conv1d_backward_torch(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias (empty without bias) by plain PyTorch operations."""
+    with torch.autocast(x.device.type, enabled=False):
+        dy = dy.to(weight.dtype)
+        inputs = x.to(weight.dtype)
+        if silu:
+            y = _convolve(inputs, weight, bias, reverse)
+            sigmoid = torch.sigmoid(y)
+            dy = dy * sigmoid * (1 + y * (1 - sigmoid))
+        dx = _convolve(dy, weight, None, not reverse)
+        taps = _shifted(inputs, weight.shape[1], reverse)
+        dweight = torch.stack([(dy * tap).sum((0, 1)) for tap in taps], dim=1)
+        dbias = weight.new_empty(0) if bias is None else dy.sum((0, 1))
+        return dx.to(x.dtype), dweight, dbias
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    taps = _shifted(x, weight.shape[1], reverse)
+    y = taps[0] * weight[:, 0]
+    for k in range(1, weight.shape[1]):
+        y = y + taps[k] * weight[:, k]
+    return y if bias is None else y + bias
+
+
+def _shifted(x: Tensor, num_taps: int, reverse: bool) -> list[Tensor]:
+    """Return for every tap k the tokens that weight[:, k] meets, (B, L, E) each, zeros outside."""
+    reach, length = num_taps - 1, x.shape[1]
+    padded = F.pad(x, (0, 0, 0, reach) if reverse else (0, 0, reach, 0))
+    starts = [reach - k if reverse else k for k in range(num_taps)]
+    return [padded[:, start : start + length] for start in starts]
+
+
+@torch.library.custom_op("visionmamba::causal_conv1d", mutates_args=())
+def _causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
+) -> Tensor:
+    return causal_conv1d_torch(x, weight, bias, reverse, silu)
+
+
+@_causal_conv1d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("visionmamba::causal_conv1d_backward", mutates_args=())
+def _causal_conv1d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return causal_conv1d_backward_torch(dy, x, weight, bias, reverse, silu)
+
+
+@_causal_conv1d_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = weight.new_empty(0 if bias is None else bias.shape[0])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.reverse, ctx.silu = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = _causal_conv1d_backward(dy, x, weight, bias, ctx.reverse, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, None, None
+
+
+_causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
