@@ -1,7 +1,7 @@
-"""What every test gets: two seeds' worth of determinism, NaN in torch.empty, one kernel cache for the whole run.
+"""What every test gets: fixed seeds, NaN in torch.empty, one kernel cache for the whole run.
 
-The kernel cache is a fresh private folder shared by all xdist workers, so that the C++ kernel is compiled once a run
-and nothing compiled earlier is reused.
+The kernel cache is a fresh private folder shared by all xdist workers, so that the C++ kernel is
+compiled once a run and nothing compiled earlier is reused.
 """
 
 import os
@@ -43,7 +43,7 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     on_gpu = request.node.get_closest_marker("gpu") is not None
-    torch.use_deterministic_algorithms(not on_gpu)
+    torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)

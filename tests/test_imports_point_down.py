@@ -1,4 +1,4 @@
-"""The layers of the package: a folder imports lower ranks only, and `import visionmamba` stays light."""
+"""A folder of the package imports lower ranks only, and `import visionmamba` stays light."""
 
 import ast
 import subprocess

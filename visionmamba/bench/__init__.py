@@ -1,0 +1,1 @@
+"""Measurements: Vim against DeiT over the resolution, and the kernels one by one."""

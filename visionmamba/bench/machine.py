@@ -1,0 +1,97 @@
+"""Where a number was measured: processor, threads, versions, commit, date and command."""
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+_PACKAGES = ("visionmamba", "torch", "torchvision", "timm", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The circumstances of a measurement, written beside every result."""
+
+    processor: str
+    """Model name of the CPU, with its widest vector instructions."""
+    accelerator: str | None
+    """Name and memory of the GPU used; None when the CPU was measured."""
+    num_cores: int
+    """Cores this process may run on."""
+    num_threads: int
+    """Threads of PyTorch."""
+    memory_gib: float | None
+    """Main memory; None where the system does not tell."""
+    system: str
+    """Operating system and architecture."""
+    versions: dict[str, str]
+    """Python and the packages that decide the speed."""
+    commit: str | None
+    """Commit of the source checkout, marked when files differ from it; None outside a checkout."""
+    date: str
+    """When the measurement began, UTC."""
+    command: str
+    """The command that remakes it."""
+
+
+def describe_machine(device: str, *, command: str) -> Machine:
+    """Describe this machine as the given torch device ("cpu", "cuda") sees it."""
+    import torch
+
+    accelerator = None
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        accelerator = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return Machine(
+        processor=f"{_processor_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        accelerator=accelerator,
+        num_cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        num_threads=torch.get_num_threads(),
+        memory_gib=_memory_gib(),
+        system=f"{platform.system()} {platform.machine()}",
+        versions={"python": platform.python_version()}
+        | {package: version(package) for package in _PACKAGES},
+        commit=_commit(),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        command=command,
+    )
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return None
+
+
+def _commit() -> str | None:
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (
+        OSError,
+        subprocess.CalledProcessError,
+    ):  # no git here, or the checkout is another user's
+        return None
+    return answer.stdout.strip()
