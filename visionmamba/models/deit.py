@@ -1,0 +1,92 @@
+"""The baseline Vim is compared with: DeiT (timm's VisionTransformer) behind a checked configuration."""
+
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
+
+from timm.models.vision_transformer import VisionTransformer
+
+from visionmamba.models.config import names_valid_options
+
+
+class DeiTOptions(TypedDict, total=False):
+    """The fields of DeiTConfig, for the typed overrides of its sizes."""
+
+    image_size: int | tuple[int, int]
+    patch_size: int
+    in_channels: int
+    num_classes: int
+    d_model: int
+    depth: int
+    num_heads: int
+    drop_path: float
+
+
+@names_valid_options
+@dataclass(frozen=True, kw_only=True)
+class DeiTConfig:
+    """Everything that defines a DeiT; the defaults are DeiT-Ti at 224 px (arXiv 2012.12877)."""
+
+    image_size: int | tuple[int, int] = 224
+    """Side or (height, width) in pixels that the position embedding is learned for."""
+    patch_size: int = 16
+    """Side of a square patch in pixels."""
+    in_channels: int = 3
+    """Channels of the pictures."""
+    num_classes: int = 1000
+    """Outputs of the classifier."""
+    d_model: int = 192
+    """Token width D."""
+    depth: int = 12
+    """Number of blocks, each attention and an MLP of four times the width."""
+    num_heads: int = 3
+    """Attention heads."""
+    drop_path: float = 0.0
+    """Highest rate of stochastic depth."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "in_channels", "num_classes", "d_model", "depth", "num_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}")
+        if not 0 <= self.drop_path <= 1:
+            raise ValueError(f"drop_path must be between 0 and 1; got {self.drop_path!r}")
+
+    @classmethod
+    def tiny(cls, **overrides: Unpack[DeiTOptions]) -> "DeiTConfig":
+        """DeiT-Ti: d_model 192, 3 heads; 5,717,416 parameters at 224 px and 1000 classes."""
+        return cls(**{"d_model": 192, "num_heads": 3, **overrides})  # type: ignore[arg-type]
+
+    @classmethod
+    def small(cls, **overrides: Unpack[DeiTOptions]) -> "DeiTConfig":
+        """DeiT-S: d_model 384, 6 heads; 22,050,664 parameters at 224 px and 1000 classes."""
+        return cls(**{"d_model": 384, "num_heads": 6, **overrides})  # type: ignore[arg-type]
+
+    @classmethod
+    def base(cls, **overrides: Unpack[DeiTOptions]) -> "DeiTConfig":
+        """DeiT-B: d_model 768, 12 heads; 86,567,656 parameters at 224 px and 1000 classes."""
+        return cls(**{"d_model": 768, "num_heads": 12, **overrides})  # type: ignore[arg-type]
+
+    def build(self) -> "DeiT":
+        """Return a freshly initialised model."""
+        return DeiT(self)
+
+
+class DeiT(VisionTransformer):  # type: ignore[misc]
+    """timm's VisionTransformer built from a DeiTConfig; takes any size that fits its patches."""
+
+    def __init__(self, config: DeiTConfig) -> None:
+        options: dict[str, Any] = {
+            "img_size": config.image_size,
+            "patch_size": config.patch_size,
+            "in_chans": config.in_channels,
+            "num_classes": config.num_classes,
+            "embed_dim": config.d_model,
+            "depth": config.depth,
+            "num_heads": config.num_heads,
+            "drop_path_rate": config.drop_path,
+            "dynamic_img_size": True,
+        }
+        super().__init__(**options)
+        self.config = config

@@ -1,0 +1,374 @@
+"""Vim: a plain sequential vision backbone of bidirectional selective state-space blocks.
+
+The file to read first. Not here: configuration (config.py), the mixer (mixer.py), patches and
+positions (embed.py), files (weights.py).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from visionmamba.models.config import Norm, VimConfig
+from visionmamba.models.embed import (
+    PatchEmbedding,
+    PositionEmbedding,
+    class_token_positions,
+    insert_tokens,
+    rotate_tokens,
+    split_tokens,
+)
+from visionmamba.models.mixer import BidirectionalMixer
+from visionmamba.ops import rms_norm
+
+FeatureKind = Literal["residual", "mixer", "normed"]
+
+
+class ResidualNorm(nn.Module):
+    """Add a branch to the float32 residual stream and normalise the sum, in one pass.
+
+    Args:
+        d_model: width D.
+        kind: "rmsnorm" or "layernorm".
+        eps: added to the mean square or variance.
+    """
+
+    def __init__(self, d_model: int, *, kind: Norm = "rmsnorm", eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if kind == "layernorm" else None
+
+    def forward(self, branch: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the norm (B, L, D) in the branch's dtype and the new residual in float32."""
+        if residual is None:
+            wide = torch.promote_types(branch.dtype, torch.float32)
+            residual = branch.to(wide)
+            if self.bias is None:
+                return rms_norm(branch, self.weight, eps=self.eps), residual
+        elif self.bias is None:
+            return rms_norm(branch, self.weight, eps=self.eps, residual=residual)
+        else:
+            residual = residual + branch
+        normed = F.layer_norm(
+            residual,
+            self.weight.shape,
+            self.weight.to(residual.dtype),
+            self.bias.to(residual.dtype),
+            self.eps,
+        )
+        return normed.to(branch.dtype), residual
+
+
+class VimBlock(nn.Module):
+    """Add, norm, mix: the block of Vim, with the residual stream carried beside the branch.
+
+    `branch, residual = block(branch, residual)`; the block's own output is still to be added:
+    the stream after it is `residual + branch`. Feed the tokens themselves to the first block.
+
+    Args:
+        mixer: maps (B, L, D) to (B, L, D), e.g. a BidirectionalMixer.
+        d_model: width D.
+        norm, norm_eps: as in VimConfig.
+        drop_path: rate at which the incoming branch of a sample is dropped.
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        d_model: int,
+        *,
+        norm: Norm = "rmsnorm",
+        norm_eps: float = 1e-5,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm = ResidualNorm(d_model, kind=norm, eps=norm_eps)
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, branch: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the mixer's output (B, L, D) and the residual stream (B, L, D) float32 before it."""
+        if residual is not None:
+            branch = self.drop_path(branch)
+        normed, residual = self.norm(branch, residual)
+        return self.mixer(normed), residual
+
+
+class Vim(nn.Module):
+    """Vision Mamba (arXiv 2401.09417): patches, a class token, blocks, a norm, a linear head.
+
+    Args:
+        config: all options; `Vim(VimConfig.tiny(num_classes=10))`.
+    """
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__()
+        if not isinstance(config, VimConfig):
+            raise TypeError(
+                f"Vim takes a VimConfig, e.g. VimConfig.tiny(); got {type(config).__name__}"
+            )
+        self.config = config
+        self.activation_checkpointing = config.activation_checkpointing
+        width = config.d_model
+        self.patch_embedding = PatchEmbedding(
+            config.in_channels,
+            width,
+            patch_size=config.patch_size,
+            stride=config.resolved_stride,
+            partial_patches=config.partial_patches,
+        )
+        native_grid = self.patch_embedding.grid(*config.resolved_image_size)
+        num_class_tokens = len(class_token_positions(config.readout, 0))
+        self.class_token = (
+            nn.Parameter(torch.empty(1, num_class_tokens, width)) if num_class_tokens else None
+        )
+        self.position_embedding = (
+            PositionEmbedding(native_grid, width, config.readout)
+            if config.position_embedding == "learned"
+            else None
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        last = max(config.depth - 1, 1)
+        self.blocks = nn.ModuleList(
+            VimBlock(
+                BidirectionalMixer(
+                    width,
+                    d_state=config.d_state,
+                    d_conv=config.d_conv,
+                    expand=config.expand,
+                    dt_rank=config.resolved_dt_rank,
+                    kind=config.mixer_kind,
+                    halve_directions=config.halve_directions,
+                    layer_scale=config.layer_scale,
+                    initialization=config.initialization,
+                    num_layers=config.depth,
+                ),
+                width,
+                norm=config.norm,
+                norm_eps=config.norm_eps,
+                # a block drops the branch that comes in, so the rate is its predecessor's
+                drop_path=config.drop_path * max(i - 1, 0) / last,
+            )
+            for i in range(config.depth)
+        )
+        self.drop_path = DropPath(config.drop_path) if config.drop_path > 0 else nn.Identity()
+        self.norm = ResidualNorm(width, kind=config.norm, eps=config.norm_eps)
+        self.head: nn.Linear | nn.Identity = nn.Identity()
+        if config.num_classes:
+            self.head = nn.Linear(width, config.num_classes)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        if self.class_token is not None:
+            nn.init.trunc_normal_(self.class_token, std=0.02)
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head; 0 without one."""
+        return self.config.num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, num_classes) for pictures (B, in_channels, H, W) of any size.
+
+        Without a head (num_classes 0) returns what it would read, (B, d_model).
+
+        Raises:
+            ValueError: shape or dtype of the pictures is not what the model takes.
+        """
+        tokens, positions = self._normed_tokens(images)
+        return self.forward_head(tokens, positions)
+
+    def forward_head(self, tokens: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Return logits from normed tokens (B, L, D) whose class tokens stand at `positions`."""
+        readout = self.config.readout
+        if readout == "max":  # published: the head sees every token, then the maximum
+            per_token: Tensor = self.head(tokens)
+            return per_token.amax(dim=1)
+        if readout == "mean":
+            read = tokens.mean(dim=1)
+        elif readout == "last":
+            read = tokens[:, -1]
+        elif readout == "double":
+            read = (tokens[:, positions[0]] + tokens[:, positions[1]]) / 2
+        else:
+            read = tokens[:, positions[0]]
+        logits: Tensor = self.head(read)
+        return logits
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return all tokens (B, L, D) after the final norm, class tokens at their places."""
+        return self._normed_tokens(images)[0]
+
+    def features(
+        self, images: Tensor, layers: Sequence[int], *, kind: FeatureKind = "residual"
+    ) -> list[Tensor]:
+        """Return maps (B, D, h, w) after the zero-based blocks `layers`, without class tokens.
+
+        Args:
+            images: (B, in_channels, H, W).
+            layers: blocks, in any order; one map each, in the same order.
+            kind: "residual": the stream with the block's output added; "normed": that after the
+                final norm; "mixer": the block's output alone.
+
+        Raises:
+            ValueError: a block that does not exist or, with bidirectional "layer", is the first of
+                a pair; an unknown kind.
+        """
+        if kind not in ("residual", "mixer", "normed"):
+            raise ValueError(f"kind must be 'residual', 'mixer' or 'normed'; got {kind!r}")
+        step = 2 if self.config.bidirectional == "layer" else 1
+        valid = range(step - 1, self.config.depth, step)
+        wrong = [layer for layer in layers if layer not in valid]
+        if wrong:
+            raise ValueError(
+                f"layers must be among {list(valid)}; got {', '.join(map(str, wrong))}"
+            )
+        tokens, grid, positions = self._embed(images)
+        tokens, positions, flipped = self._maybe_flip(tokens, positions)
+        maps: dict[int, Tensor] = {}
+        branch, residual = tokens, None
+        for i in range(0, max(layers, default=-1) + 1, step):
+            branch, residual = self._run_blocks(i, branch, residual, grid, positions, flipped)
+            if i + step - 1 in layers:
+                maps[i + step - 1] = self._to_map(branch, residual, grid, positions, flipped, kind)
+        return [maps[layer] for layer in layers]
+
+    def no_weight_decay(self, *, published: bool = True) -> set[str]:
+        """Return names of parameters that get no weight decay, besides biases and 1-D ones.
+
+        Args:
+            published: as the authors train: position embedding and class tokens. False adds A_log,
+                which they meant to exempt but decay.
+        """
+        names = {"class_token", "position_embedding.weight"}
+        if not published:
+            names |= {name for name, _ in self.named_parameters() if name.endswith("A_log")}
+        return names & {name for name, _ in self.named_parameters()}
+
+    def _normed_tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        tokens, grid, positions = self._embed(images)
+        tokens, positions, flipped = self._maybe_flip(tokens, positions)
+        step = 2 if self.config.bidirectional == "layer" else 1
+        branch, residual = tokens, None
+        for i in range(0, self.config.depth, step):
+            branch, residual = self._run_blocks(i, branch, residual, grid, positions, flipped)
+        normed, _ = self.norm(self.drop_path(branch), residual)
+        return normed, positions
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, ...]]:
+        self._check(images)
+        patches, grid = self.patch_embedding(images)
+        positions = class_token_positions(self.config.readout, patches.shape[1])
+        tokens = patches
+        if self.class_token is not None:
+            tokens = insert_tokens(patches, self.class_token.to(patches.dtype), positions)
+        if self.position_embedding is not None:
+            tokens = tokens + self.position_embedding(grid).to(tokens.dtype)
+            tokens = self.dropout(tokens)
+        return tokens, grid, positions
+
+    def _maybe_flip(
+        self, tokens: Tensor, positions: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[int, ...], bool]:
+        if self.config.bidirectional != "sequence":
+            return tokens, positions, False
+        if torch.rand(()).item() >= self.config.sequence_flip_probability:
+            return tokens, positions, False
+        # class tokens are read where they stand after the flip; the published code reads their
+        # unflipped index, another token unless the sequence is symmetric around it
+        last = tokens.shape[1] - 1
+        return tokens.flip(1), tuple(last - position for position in reversed(positions)), True
+
+    def _run_blocks(
+        self,
+        i: int,
+        branch: Tensor,
+        residual: Tensor | None,
+        grid: tuple[int, int],
+        positions: tuple[int, ...],
+        flipped: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Run block i, or the pair that it opens when bidirectional is "layer"."""
+        if self.config.rope != "none":
+            branch = self._rotate(branch, grid, positions, flipped)
+            if self.config.rope == "tokens+residual" and residual is not None:
+                residual = self._rotate(residual, grid, positions, flipped)
+        ahead = self._run_block(i, branch, residual)
+        if self.config.bidirectional != "layer":
+            return ahead
+        back = self._run_block(
+            i + 1, branch.flip(1), None if residual is None else residual.flip(1)
+        )
+        return ahead[0] + back[0].flip(1), ahead[1] + back[1].flip(1)
+
+    def _run_block(self, i: int, branch: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            out: tuple[Tensor, Tensor] = checkpoint(
+                self.blocks[i], branch, residual, use_reentrant=False
+            )
+            return out
+        result: tuple[Tensor, Tensor] = self.blocks[i](branch, residual)
+        return result
+
+    def _rotate(
+        self, sequence: Tensor, grid: tuple[int, int], positions: tuple[int, ...], flipped: bool
+    ) -> Tensor:
+        if flipped:  # angles belong to the picture's own order
+            sequence = sequence.flip(1)
+            last = sequence.shape[1] - 1
+            positions = tuple(last - position for position in reversed(positions))
+        rotated = rotate_tokens(
+            sequence,
+            grid,
+            positions,
+            layout=self.config.rope_layout,
+            reference_grid=self.config.rope_reference_grid,
+        )
+        return rotated.flip(1) if flipped else rotated
+
+    def _to_map(
+        self,
+        branch: Tensor,
+        residual: Tensor,
+        grid: tuple[int, int],
+        positions: tuple[int, ...],
+        flipped: bool,
+        kind: FeatureKind,
+    ) -> Tensor:
+        if kind == "mixer":
+            sequence = branch
+        elif kind == "residual":
+            sequence = residual + branch
+        else:
+            sequence, _ = self.norm(branch, residual)
+        patches, _ = split_tokens(sequence, positions)
+        if flipped:
+            patches = patches.flip(1)
+        return patches.transpose(1, 2).unflatten(2, grid)
+
+    def _check(self, images: Tensor) -> None:
+        channels = self.config.in_channels
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images must be (batch, {channels}, height, width); got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images must be floating point and normalised; got {images.dtype}: divide by 255 and "
+                "subtract the mean, or use Classifier, which takes pictures as they are"
+            )
+        weight = self.patch_embedding.weight
+        if images.device != weight.device:
+            raise ValueError(
+                f"images are on {images.device} but the model is on {weight.device}; "
+                f'move them with images.to("{weight.device}")'
+            )
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"images are {images.dtype} but the model is {weight.dtype}; convert one of them "
+                "with .to(dtype), or run under torch.autocast"
+            )
