@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from visionmamba.models.config import VimConfig
     from visionmamba.models.deit import DeiTConfig
     from visionmamba.models.mixer import BidirectionalMixer
-    from visionmamba.models.vim import Vim, VimBlock, VimConfig
-    from visionmamba.models.weights import load, save
+    from visionmamba.models.vim import Vim, VimBlock
+    from visionmamba.models.weights import load, load_published, save
     from visionmamba.ops import selective_scan
     from visionmamba.tasks.classification import Classification, Classifier
 
@@ -26,6 +27,7 @@ __all__ = [
     "VimConfig",
     "__version__",
     "load",
+    "load_published",
     "save",
     "selective_scan",
 ]
@@ -37,8 +39,9 @@ _HOMES = {
     "DeiTConfig": "visionmamba.models.deit",
     "Vim": "visionmamba.models.vim",
     "VimBlock": "visionmamba.models.vim",
-    "VimConfig": "visionmamba.models.vim",
+    "VimConfig": "visionmamba.models.config",
     "load": "visionmamba.models.weights",
+    "load_published": "visionmamba.models.weights",
     "save": "visionmamba.models.weights",
     "selective_scan": "visionmamba.ops",
 }

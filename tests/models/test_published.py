@@ -129,14 +129,14 @@ def test_gradients_follow_the_published_formulas():
 
 
 def test_state_dict_in_the_authors_names_needs_no_options():
-    meta, weights, images, expected, _ = golden_case("ti_224")
+    _, weights, images, expected, _ = golden_case("ti_224")
     with torch.no_grad():
         logits = load_published(weights)(images)
     assert relative_error(logits, expected) < LOGITS_TOLERANCE
 
 
 def test_what_shapes_cannot_tell_is_given_by_name():
-    meta, weights, images, expected, _ = golden_case("v2_stride8")
+    _, weights, images, expected, _ = golden_case("v2_stride8")
     with torch.no_grad():
         logits = load_published(weights, stride=8, image_size=64)(images)
     assert relative_error(logits, expected) < LOGITS_TOLERANCE

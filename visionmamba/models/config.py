@@ -3,7 +3,6 @@
 Not for hyper-parameters of training; those live in recipes.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -107,8 +106,8 @@ class VimConfig:
     patch_size: int = 16
     """Side of a square patch in pixels."""
     stride: int | None = None
-    """Distance of neighbouring patches in pixels; None means patch_size. The published long-sequence
-    models use 8 with patches of 16."""
+    """Distance of neighbouring patches in pixels; None means patch_size. The published
+    long-sequence models use 8 with patches of 16."""
     in_channels: int = 3
     """Channels of the pictures."""
     num_classes: int = 1000
@@ -126,21 +125,21 @@ class VimConfig:
     dt_rank: Literal["auto"] | int = "auto"
     """Rank of the step-size projection; "auto" is ceil(d_model / 16)."""
     bidirectional: Bidirectional = "ssm+conv"
-    """How the sequence is seen in both directions (paper, table 4): "ssm+conv" (published v2) gives
-    each direction its own convolution, projections and A; "ssm" (v1) shares all but A; "layer" runs
-    pairs of blocks, the second on the flipped sequence, and sums hidden and residual of both (so the
-    residual doubles with every pair); "sequence" flips the whole batch with
+    """How the sequence is seen in both directions (paper, table 4): "ssm+conv" (published v2)
+    gives each direction its own convolution, projections and A; "ssm" (v1) shares all but A;
+    "layer" runs pairs of blocks, the second on the flipped sequence, and sums hidden and residual
+    of both (so the residual doubles with every pair); "sequence" flips the whole batch with
     sequence_flip_probability, in evaluation too; "none" reads forward only."""
     inner_mixer: MixerKind = "none"
     """The mixer inside the blocks when bidirectional is "layer" or "sequence"."""
     sequence_flip_probability: float = 0.5
     """Used by bidirectional "sequence" only."""
     readout: Readout = "middle"
-    """What the classifier reads (paper, table 5): the class token in the middle, at the head, or the
-    mean of one at either end; without class token the mean of all tokens, the maximum of the
+    """What the classifier reads (paper, table 5): the class token in the middle, at the head, or
+    the mean of one at either end; without class token the mean of all tokens, the maximum of the
     per-token logits, or the last token."""
     halve_directions: bool = True
-    """Halve the sum of both directions (published div2). As published it acts in "ssm+conv" only."""
+    """Halve the sum of both directions (published div2); acts in "ssm+conv" only, as published."""
     norm: Norm = "rmsnorm"
     """Normalisation before each mixer and before the read-out."""
     norm_eps: float = 1e-5
@@ -165,8 +164,8 @@ class VimConfig:
     """Pictures whose sides do not fit the patch grid: "pad" adds zeros below and to the right,
     "refuse" raises ValueError."""
     initialization: Initialization = "published"
-    """"published" leaves the backward direction's dt bias at zero, as the authors' code does (a first
-    step size of 0.69); "symmetric" starts both directions in [0.001, 0.1]."""
+    """"published" leaves the backward direction's dt bias at zero, as the authors' code does (a
+    first step size of 0.69); "symmetric" starts both directions in [0.001, 0.1]."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
 
@@ -204,14 +203,15 @@ class VimConfig:
             _check_positive_int("dt_rank", self.dt_rank, also='"auto" or ')
         if not _is_int(self.num_classes) or self.num_classes < 0:
             raise ValueError(f"num_classes must be an int of at least 0; got {self.num_classes!r}")
-        sides = (self.image_size,) if _is_int(self.image_size) else self.image_size
-        if not isinstance(sides, tuple) or len(sides) > 2 or not all(map(_is_int, sides)):
+        size = self.image_size
+        sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+        if not all(map(_is_int, sides)):
             raise ValueError(
-                f"image_size must be an int or a tuple (height, width) in pixels; got {self.image_size!r}"
+                f"image_size must be an int or a tuple (height, width) in pixels; got {size!r}"
             )
-        if min(sides) < self.patch_size:
+        if min(self.resolved_image_size) < self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} is smaller than patch_size {self.patch_size}; "
+                f"image_size {size} is smaller than patch_size {self.patch_size}; "
                 "take larger pictures or smaller patches"
             )
         for name in ("drop_path", "dropout", "sequence_flip_probability"):
@@ -222,7 +222,7 @@ class VimConfig:
             raise ValueError(f"norm_eps must be positive; got {self.norm_eps!r}")
         if self.bidirectional == "layer" and self.depth % 2:
             raise ValueError(
-                f'bidirectional "layer" runs blocks in pairs and needs an even depth; got {self.depth}'
+                f'bidirectional "layer" pairs blocks, so depth must be even; got {self.depth}'
             )
         if self.rope != "none" and self.d_model % 4:
             raise ValueError(f"rope needs d_model to be a multiple of 4; got {self.d_model}")
@@ -408,25 +408,15 @@ def _published_readout(published: Mapping[str, Any]) -> Readout:
     if published["if_cls_token"]:
         if pool_type == "max":
             raise ValueError(
-                "final_pool_type 'max' with a class token makes the published model return one number "
-                "a picture; set if_cls_token=False for the maximum over tokens"
+                "final_pool_type 'max' with a class token makes the published model return one "
+                "number a picture; set if_cls_token=False for the maximum over tokens"
             )
         if published["use_double_cls_token"]:
             return "double"
         return "middle" if published["use_middle_cls_token"] else "head"
     if pool_type not in _READOUT_OF_POOL_TYPE:
         raise ValueError(
-            f"final_pool_type must be 'none', 'mean' or 'max' without class token; got {pool_type!r}"
+            "without class token final_pool_type must be 'none', 'mean' or 'max'; "
+            f"got {pool_type!r}"
         )
     return _READOUT_OF_POOL_TYPE[pool_type]
-
-
-def config_from_dict(options: Mapping[str, Any]) -> VimConfig:
-    """Rebuild a VimConfig from `config_to_dict` after a trip through JSON (lists become tuples)."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-    return VimConfig(**values)
-
-
-def config_to_dict(config: VimConfig) -> dict[str, Any]:
-    """Return the fields of a configuration as JSON-ready values."""
-    return dataclasses.asdict(config)

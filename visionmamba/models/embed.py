@@ -1,8 +1,10 @@
-"""Pictures to tokens: patches at any stride, class tokens in their place, positions for any grid."""
+"""Pictures to tokens: patches at any stride, class tokens in place, positions for any grid."""
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from timm.layers import lecun_normal_
+from timm.layers.weight_init import lecun_normal_
 from torch import Tensor, nn
 
 from visionmamba.models.config import PartialPatches, Readout, RopeLayout
@@ -18,7 +20,8 @@ class PatchEmbedding(nn.Module):
         d_model: width of the tokens.
         patch_size: side of a patch in pixels.
         stride: distance of neighbouring patches in pixels.
-        partial_patches: "pad" with zeros below and to the right, or "refuse", sides that do not fit.
+        partial_patches: what to do with sides that do not fit: "pad" with zeros below and to the
+            right, or "refuse".
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class PatchEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        lecun_normal_(self.weight)
+        lecun_normal_(self.weight)  # type: ignore[no-untyped-call]
         nn.init.zeros_(self.bias)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -59,7 +62,11 @@ class PatchEmbedding(nn.Module):
         return rows, columns
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Return tokens (B, h * w, D) in row-major order and the grid (h, w) of pictures (B, C, H, W)."""
+        """Return tokens (B, h * w, D) in row-major order and the grid (h, w).
+
+        Args:
+            images: (B, C, H, W).
+        """
         height, width = images.shape[-2:]
         grid = self.grid(height, width)
         padding = self._fit(height) - height, self._fit(width) - width
@@ -79,7 +86,7 @@ class PatchEmbedding(nn.Module):
 
 
 def class_token_positions(readout: Readout, num_patches: int) -> tuple[int, ...]:
-    """Return where class tokens stand in the whole sequence, ascending; empty without class token."""
+    """Return where class tokens stand in the whole sequence, ascending; empty without any."""
     if readout == "middle":
         return (num_patches // 2,)
     if readout == "head":
@@ -103,11 +110,11 @@ def insert_tokens(patches: Tensor, tokens: Tensor, positions: tuple[int, ...]) -
 
 
 def split_tokens(sequence: Tensor, positions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return patches (B, L - n, D) and the tokens (B, n, D) that stand at `positions` (ascending)."""
+    """Return patches (B, L - n, D) and the tokens (B, n, D) at the ascending `positions`."""
     if not positions:
         return sequence, sequence[:, :0]
     bounds = (-1, *positions, sequence.shape[1])
-    patches = [sequence[:, a + 1 : b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    patches = [sequence[:, a + 1 : b] for a, b in pairwise(bounds)]
     tokens = [sequence[:, position : position + 1] for position in positions]
     return torch.cat(patches, dim=1), torch.cat(tokens, dim=1)
 
@@ -168,7 +175,7 @@ class PositionEmbedding(nn.Module):
 def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Return (1, h' * w', D) interpolated (bicubic) from (1, h * w, D) in row-major order."""
     dtype = rows.dtype
-    picture = rows.float().transpose(1, 2).unflatten(2, old)  # (1, D, h, w)
+    picture = rows.float().transpose(1, 2).reshape(1, -1, *old)  # (1, D, h, w)
     picture = F.interpolate(picture, size=new, mode="bicubic", align_corners=False)
     return picture.flatten(2).transpose(1, 2).to(dtype)
 
@@ -203,8 +210,8 @@ def rotate_tokens(
         skipped = (0,) if length % 2 else ()
         if length - len(skipped) != num_patches:
             raise ValueError(
-                f'rope_layout "published" cannot place {length} tokens on a {grid[0]}x{grid[1]} grid; '
-                'use rope_layout="grid"'
+                f'rope_layout "published" cannot place {length} tokens on a grid of '
+                f'{grid[0]}x{grid[1]}; use rope_layout="grid"'
             )
     cos, sin = _rotation(grid, sequence.shape[2], reference_grid, sequence.device)
     # class tokens get the angle 0

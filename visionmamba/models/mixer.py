@@ -90,8 +90,8 @@ def decay_rates(A_log: Tensor) -> Tensor:
 class BidirectionalMixer(nn.Module):
     """Mix a sequence (B, L, D) along L in both directions in linear time (paper, algorithm 1).
 
-    x and a gate z come from one projection; each direction convolves x, derives dt, B and C from the
-    result and scans; the sum of both is gated by SiLU(z), halved and projected back.
+    x and a gate z come from one projection; each direction convolves x, derives dt, B and C from
+    the result and scans; the sum of both is gated by SiLU(z), halved and projected back.
 
     Args:
         d_model: width D of the tokens.
@@ -99,7 +99,7 @@ class BidirectionalMixer(nn.Module):
         kind: "ssm+conv" (published v2), "ssm" (v1: both directions share all but A), "none".
         halve_directions: halve the sum of both directions ("ssm+conv" only, as published).
         layer_scale: initial value of a learned factor per output channel, or None.
-        initialization: "published" starts the backward dt bias at 0; "symmetric" as the forward one.
+        initialization: "published" starts the backward dt bias at 0, "symmetric" like the forward.
         num_layers: blocks in the net; the output projection starts smaller by its square root.
     """
 
@@ -187,6 +187,6 @@ class BidirectionalMixer(nn.Module):
         assert isinstance(ssm, DirectionalSSM)
         u = ssm.convolve(x, reverse=False)
         sizes = [ssm.dt_rank, ssm.d_state, ssm.d_state]
-        low_rank_dt, B, C = ssm.project(u).split(sizes, dim=-1)
+        low_rank_dt, B, C = torch.split(ssm.project(u), sizes, dim=-1)
         dt = F.linear(low_rank_dt, ssm.dt_weight)
         return selective_scan(u, dt, ssm.A, B, C, ssm.D, z=z, dt_bias=ssm.dt_bias, dt_softplus=True)

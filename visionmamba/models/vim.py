@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -92,7 +92,7 @@ class VimBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, branch: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the mixer's output (B, L, D) and the residual stream (B, L, D) float32 before it."""
+        """Return the mixer's output (B, L, D) and the residual stream before it, float32."""
         if residual is not None:
             branch = self.drop_path(branch)
         normed, residual = self.norm(branch, residual)
@@ -348,7 +348,7 @@ class Vim(nn.Module):
         patches, _ = split_tokens(sequence, positions)
         if flipped:
             patches = patches.flip(1)
-        return patches.transpose(1, 2).unflatten(2, grid)
+        return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
 
     def _check(self, images: Tensor) -> None:
         channels = self.config.in_channels
@@ -358,8 +358,8 @@ class Vim(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(
-                f"images must be floating point and normalised; got {images.dtype}: divide by 255 and "
-                "subtract the mean, or use Classifier, which takes pictures as they are"
+                f"images must be floating point and normalised; got {images.dtype}: divide by 255 "
+                "and subtract the mean, or use Classifier, which takes pictures as they are"
             )
         weight = self.patch_embedding.weight
         if images.device != weight.device:

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visionmamba import __version__
-from visionmamba.models.config import VimConfig, VimOptions, config_from_dict
+from visionmamba.models.config import VimConfig, VimOptions
 from visionmamba.models.deit import DeiT, DeiTConfig
 from visionmamba.models.vim import Vim
 
@@ -75,7 +76,8 @@ def save(
         raise TypeError(f"save takes a Vim or a DeiT; got {type(model).__name__}")
     if class_names and len(class_names) != config.num_classes:
         raise ValueError(
-            f"class_names must name the model's {config.num_classes} classes; got {len(class_names)}"
+            f"class_names must name the model's {config.num_classes} classes; "
+            f"got {len(class_names)}"
         )
     target = Path(path)
     if not target.parent.is_dir():
@@ -117,8 +119,8 @@ def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
         raise _unreadable(path, error) from None
     if METADATA_KEY not in metadata:
         raise ValueError(
-            f"{path} holds tensors but no visionmamba header; save it with visionmamba.save, or load "
-            "the authors' checkpoints with visionmamba.load_published"
+            f"{path} holds tensors but no visionmamba header; save it with visionmamba.save, or "
+            "load the authors' checkpoints with visionmamba.load_published"
         )
     try:
         values = json.loads(metadata[METADATA_KEY])
@@ -132,8 +134,8 @@ def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has weights format {version}, written by visionmamba "
-            f"{values.get('package_version', 'of unknown version')}; this is visionmamba {__version__}, "
-            f"which reads up to format {FORMAT_VERSION}: pip install --upgrade visionmamba"
+            f"{values.get('package_version', 'of unknown version')}; this is {__version__}, which "
+            f"reads up to format {FORMAT_VERSION}: pip install --upgrade visionmamba"
         )
     known = {item.name for item in fields(WeightsHeader)}
     if set(values) != known or values["architecture"] not in ("vim", "deit"):
@@ -182,8 +184,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         ) from None
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {device} was asked for but this machine shows {torch.cuda.device_count()} CUDA "
-            'devices; use device="cpu" or "auto"'
+            f"device {device} was asked for but torch finds {torch.cuda.device_count()} CUDA "
+            'devices here; use device="cpu" or "auto"'
         )
     return resolved
 
@@ -224,10 +226,11 @@ def load_published(
 
 
 def _build(header: WeightsHeader) -> Vim | DeiT:
+    options: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in header.config.items()
+    }
     if header.architecture == "vim":
-        return Vim(config_from_dict(header.config))
-    size = header.config.get("image_size")
-    options = {**header.config, "image_size": tuple(size) if isinstance(size, list) else size}
+        return Vim(VimConfig(**options))
     return DeiT(DeiTConfig(**options))
 
 
@@ -268,7 +271,10 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
 def _read_checkpoint(path: str | os.PathLike[str], which: str) -> dict[str, Tensor]:
     _require_file(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(action="ignore"),  # advice about pickle protocols
+        ):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
