@@ -1,0 +1,75 @@
+"""The whole model on a GPU: golden outputs, low precision, training, devices that disagree."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models.published import golden_case, golden_names
+from visionmamba import VimConfig, load, load_published, save
+
+FLOAT32_TOLERANCE = 1e-4  # other summation orders than the CPU's
+BFLOAT16_TOLERANCE = 2e-2  # weights and activations rounded to 8 bits
+
+pytestmark = pytest.mark.gpu
+
+
+def relative_error(actual, expected):
+    return ((actual.cpu().double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def golden_model(name):
+    meta, weights, images, expected, _ = golden_case(name)
+    config = VimConfig.from_published(meta["config"])
+    size, stride = config.image_size, config.resolved_stride
+    model = load_published(weights, image_size=size, stride=stride)
+    return model.cuda(), images.cuda(), expected
+
+
+@pytest.mark.parametrize("name", golden_names())
+def test_golden_logits_in_float32(name):
+    model, images, expected = golden_model(name)
+    with torch.no_grad():
+        assert relative_error(model(images), expected) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_golden_logits_in_low_precision(dtype):
+    model, images, expected = golden_model("ti_224")
+    with torch.no_grad():
+        logits = model.to(dtype)(images.to(dtype))
+    assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
+
+
+def test_training_in_bfloat16_follows_float32():
+    images, labels = torch.randn(32, 3, 32, 32).cuda(), (torch.arange(32) % 5).cuda()
+    config = VimConfig(image_size=32, patch_size=8, d_model=32, depth=4, num_classes=5)
+    curves = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = config.build().cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(100):
+            with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+                loss = nn.functional.cross_entropy(model(images).float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert curves[1].isfinite().all()
+    assert (curves[1] - curves[0]).abs().mean() < 0.05
+    assert curves[1][-1] < 0.2 * curves[1][0]
+
+
+def test_pictures_on_the_wrong_device_are_refused():
+    model = VimConfig(image_size=32, patch_size=8, d_model=32, depth=1).build().cuda()
+    with pytest.raises(
+        ValueError, match=r'on cpu but the model is on cuda:0.*images.to\("cuda:0"\)'
+    ):
+        model(torch.zeros(1, 3, 32, 32))
+
+
+def test_weights_go_to_the_gpu_by_themselves(tmp_path):
+    save(VimConfig(image_size=32, patch_size=8, d_model=32, depth=1).build(), tmp_path / "w")
+    assert next(load(tmp_path / "w").parameters()).is_cuda
