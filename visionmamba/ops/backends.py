@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-OPS = ("selective_scan", "bidirectional_scan", "causal_conv1d", "rms_norm")
+from visionmamba.ops.cpu import cpu_backend
+
+OPS = ("selective_scan", "bidirectional_scan", "causal_conv1d", "bidirectional_conv1d", "rms_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +16,13 @@ class BackendStatus:
     device: str
     """Device type as torch names it: "cpu" or "cuda"."""
     name: str
-    """"cpp" (compiled at first use), "cuda" (kernels of this package) or "torch" (PyTorch operations)."""
+    """"cpp" (compiled at first use), "cuda" (this package's kernels) or "torch" (PyTorch)."""
     reason: str
     """One sentence: why this one."""
 
 
 def backends() -> tuple[BackendStatus, ...]:
-    """Return the implementation of each op on each device of this machine."""
-    return tuple(
-        BackendStatus(op=op, device="cpu", name="torch", reason="PyTorch operations") for op in OPS
-    )
+    """Return the implementation of each op on each device; compiles the CPU's if that is due."""
+    cpu = cpu_backend()
+    name = "torch" if cpu.kernels is None else "cpp"
+    return tuple(BackendStatus(op=op, device="cpu", name=name, reason=cpu.reason) for op in OPS)

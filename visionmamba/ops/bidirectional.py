@@ -14,6 +14,7 @@ from visionmamba.ops._checks import (
     parameter_dtype,
     same_dtype,
 )
+from visionmamba.ops.cpu import cpu_backend
 from visionmamba.ops.selective_scan import checkpoint_length, num_checkpoints
 from visionmamba.ops.selective_scan.chunked import (
     compute_dtype,
@@ -273,7 +274,7 @@ def _bidirectional_scan(
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, the last states and, when save_states, the states entering every checkpoint_length tokens."""
-    return bidirectional_scan_torch(
+    inputs = (
         (x_f, x_b),
         (projected_f, projected_b),
         (dt_weight_f, dt_weight_b),
@@ -283,8 +284,13 @@ def _bidirectional_scan(
         z,
         (initial_state_f, initial_state_b),
         scale,
-        checkpoint_length(x_f.device) if save_states else None,
     )
+    if x_f.device.type == "cpu" and x_f.dtype != torch.float64:
+        kernels = cpu_backend().kernels
+        if kernels is not None:
+            return kernels.bidirectional_scan(*inputs, save_states)
+    every = checkpoint_length(x_f.device) if save_states else None
+    return bidirectional_scan_torch(*inputs, every)
 
 
 @_bidirectional_scan.register_fake
@@ -339,9 +345,7 @@ def _bidirectional_scan_backward(
     scale: float,
 ) -> list[Tensor]:
     """Return the gradients of all tensors of the forward in their order, empty for inputs that are None."""
-    return bidirectional_scan_backward_torch(
-        dy,
-        (dlast_state_f, dlast_state_b),
+    inputs = (
         (x_f, x_b),
         (projected_f, projected_b),
         (dt_weight_f, dt_weight_b),
@@ -352,6 +356,16 @@ def _bidirectional_scan_backward(
         (initial_state_f, initial_state_b),
         scale,
     )
+    dlast_state = dlast_state_f, dlast_state_b
+    if x_f.device.type == "cpu" and x_f.dtype != torch.float64:
+        kernels = cpu_backend().kernels
+        if kernels is not None:
+            checkpoints = checkpoints_f, checkpoints_b
+            if checkpoints_f.shape[1] == 0:
+                _, _, _, *kept = kernels.bidirectional_scan(*inputs, True)
+                checkpoints = kept[0], kept[1]
+            return kernels.bidirectional_scan_backward(dy, dlast_state, checkpoints, *inputs)
+    return bidirectional_scan_backward_torch(dy, dlast_state, *inputs)
 
 
 @_bidirectional_scan_backward.register_fake
@@ -378,8 +392,8 @@ def _(
     initial_state_b: Tensor | None,
     scale: float,
 ) -> list[Tensor]:
-    given = (x_f, x_b, projected_f, projected_b, dt_weight_f, dt_weight_b, dt_bias_f, dt_bias_b)
-    given += (A_f, A_b, D_f, D_b)
+    given = [x_f, x_b, projected_f, projected_b, dt_weight_f, dt_weight_b, dt_bias_f, dt_bias_b]
+    given += [A_f, A_b, D_f, D_b]
     optional = (
         dy.new_empty(0 if z is None else z.shape),
         A_f.new_empty(0 if initial_state_f is None else initial_state_f.shape),

@@ -12,6 +12,7 @@ from visionmamba.ops._checks import (
     check_shape,
     parameter_dtype,
 )
+from visionmamba.ops.cpu import cpu_backend
 
 
 def causal_conv1d(
@@ -106,6 +107,10 @@ def _shifted(x: Tensor, num_taps: int, reverse: bool) -> list[Tensor]:
 def _causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
 ) -> Tensor:
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        kernels = cpu_backend().kernels
+        if kernels is not None:
+            return kernels.causal_conv1d(x, (weight,), (bias,), (reverse,), silu)[0]
     return causal_conv1d_torch(x, weight, bias, reverse, silu)
 
 
@@ -118,6 +123,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool)
 def _causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        kernels = cpu_backend().kernels
+        if kernels is not None:
+            dx, dweights, dbiases = kernels.causal_conv1d_backward(
+                (dy,), x, (weight,), (bias,), (reverse,), silu
+            )
+            return dx, dweights[0], dbiases[0]
     return causal_conv1d_backward_torch(dy, x, weight, bias, reverse, silu)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from visionmamba.ops._checks import check_dtypes_and_devices, check_shape, parameter_dtype
+from visionmamba.ops.cpu import cpu_backend
 
 
 @overload
@@ -93,6 +94,10 @@ def _rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return the normed rows and, with a residual, residual + x (else an empty tensor)."""
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        kernels = cpu_backend().kernels
+        if kernels is not None:
+            return kernels.rms_norm(x, weight, residual, eps)
     return rms_norm_torch(x, weight, residual, eps)
 
 
@@ -106,6 +111,10 @@ def _(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[T
 def _rms_norm_backward(
     dnormed: Tensor | None, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
+    if total.device.type == "cpu" and total.dtype != torch.float64:
+        kernels = cpu_backend().kernels
+        if kernels is not None:
+            return kernels.rms_norm_backward(dnormed, dtotal, total, weight, eps)
     return rms_norm_backward_torch(dnormed, dtotal, total, weight, eps)
 
 

@@ -16,6 +16,7 @@ from visionmamba.ops._checks import (
     parameter_dtype,
     same_dtype,
 )
+from visionmamba.ops.cpu import CHECKPOINT_LENGTH, cpu_backend
 from visionmamba.ops.selective_scan.chunked import (
     selective_scan_backward_chunked,
     selective_scan_chunked,
@@ -23,7 +24,7 @@ from visionmamba.ops.selective_scan.chunked import (
 
 __all__ = ["checkpoint_length", "num_checkpoints", "selective_scan"]
 
-_CHECKPOINT_LENGTHS = {"cpu": 64, "cuda": 64}
+_CHECKPOINT_LENGTHS = {"cpu": CHECKPOINT_LENGTH}
 
 
 @overload
@@ -159,7 +160,7 @@ def selective_scan(
 
 def checkpoint_length(device: torch.device) -> int:
     """Return after how many tokens a forward scan on this device stores the state for the backward."""
-    return _CHECKPOINT_LENGTHS.get(device.type, 64)
+    return _CHECKPOINT_LENGTHS.get(device.type, CHECKPOINT_LENGTH)
 
 
 def num_checkpoints(length: int, device: torch.device) -> int:
@@ -188,6 +189,12 @@ def _selective_scan(
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the last state and, when save_states, the states entering every checkpoint_length tokens."""
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        kernels = cpu_backend().kernels
+        if kernels is not None:
+            return kernels.selective_scan(
+                x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, save_states
+            )
     every = checkpoint_length(x.device) if save_states else None
     return selective_scan_chunked(
         x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, every
@@ -236,6 +243,13 @@ def _selective_scan_backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, empty for inputs that are None."""
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        kernels = cpu_backend().kernels
+        if kernels is not None:
+            inputs = x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse
+            if checkpoints.shape[1] == 0:
+                checkpoints = kernels.selective_scan(*inputs, True)[2]
+            return kernels.selective_scan_backward(dy, dlast_state, checkpoints, *inputs)
     return selective_scan_backward_chunked(
         dy, dlast_state, x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse
     )
