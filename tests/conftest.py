@@ -9,20 +9,18 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-CACHE_VARIABLE = "VISIONMAMBA_CACHE"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # the controller's environment reaches its workers
         folder = tempfile.mkdtemp(prefix="visionmamba-tests-")
-        os.environ[CACHE_VARIABLE] = folder
+        os.environ["XDG_CACHE_HOME"] = folder  # compiled kernels go there
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
 
@@ -47,11 +45,3 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def empty_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A kernel cache of this test's own, with nothing compiled in it."""
-    folder = tmp_path / "kernels"
-    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
-    return folder

@@ -134,21 +134,25 @@ class EfficiencyResult:
 
     def table(self) -> "Table":
         """Return the comparison as a table for the terminal."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         vim, deit = self.names["vim"], self.names["deit"]
         settings = self.settings
         what = "forward" if settings.mode == "infer" else "forward + backward"
         table = Table(
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
             title=f"{vim} and {deit}, {what}, batch {settings.batch}, {settings.precision}",
             caption=f"{self.machine.accelerator or self.machine.processor}, "
             f"{self.machine.num_threads} threads, torch {self.machine.versions['torch']}, "
             f"{self.machine.date}",
         )
-        for heading in ("pixels", "tokens", f"{vim} ms", f"{deit} ms", "time DeiT/Vim"):
-            table.add_column(heading, justify="right")
-        for heading in (f"{vim} GiB", f"{deit} GiB", "memory DeiT/Vim"):
-            table.add_column(heading, justify="right")
+        for heading in ("side\npx", "tokens", f"{vim}\nms", f"{deit}\nms", "DeiT/Vim\ntime"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for heading in (f"{vim}\nMiB", f"{deit}\nMiB", "DeiT/Vim\nmemory"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for side in settings.resolutions:
             rows = [self.measurement(model, side) for model in _MODELS]
             table.add_row(
@@ -397,14 +401,15 @@ def time_side_by_side(
 def _time_cell(row: Measurement) -> str:
     if row.milliseconds is None or row.milliseconds_low is None or row.milliseconds_high is None:
         return row.status
-    spread = f"{row.milliseconds_low:.1f}-{row.milliseconds_high:.1f}"
-    return f"{row.milliseconds:.1f} ({spread})"
+    spread = (row.milliseconds_high - row.milliseconds_low) / 2
+    digits = 1 if row.milliseconds < 100 else 0
+    return f"{row.milliseconds:.{digits}f} ±{spread:.{digits}f}"
 
 
 def _memory_cell(row: Measurement) -> str:
     if row.peak_memory_gib is None:
         return row.status if row.status != "ok" else "not measured"
-    return f"{row.peak_memory_gib:.3f}"
+    return f"{row.peak_memory_gib * 1024:,.0f}"
 
 
 def _ratio_cell(ratio: float | None) -> str:

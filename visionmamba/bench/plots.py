@@ -67,6 +67,16 @@ def chart(theme: Theme, title: str) -> Iterator[tuple["Axes", io.BytesIO]]:
     figure.savefig(buffer, format="png")
 
 
+def use_log_scale(axes: "Axes") -> None:
+    """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def plot_time(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
     """Plot the time of one image over the resolution, with the crossing point named."""
     palette = PALETTES[theme]
@@ -142,8 +152,7 @@ def _draw_models(
                 fontsize=9,
                 color=color,
             )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+    use_log_scale(axes)
     axes.set_xticks(
         result.settings.resolutions, [str(side) for side in result.settings.resolutions]
     )
@@ -171,13 +180,12 @@ def _name_last_ratio(
         xytext=(side, high),
         arrowprops={"arrowstyle": "->", "color": palette.text, "linewidth": 1.2},
     )
-    axes.annotate(
-        f"{who} {high / low:.2f}x {word}",
-        (side, (low * high) ** 0.5),
-        xytext=(-8, 0),
-        textcoords="offset points",
+    axes.text(
+        0.99,
+        0.05,
+        f"at {side} px: {who} {high / low:.2f}x {word}",
+        transform=axes.transAxes,
         ha="right",
-        va="center",
         fontsize=10,
         fontweight="bold",
         color=palette.text,

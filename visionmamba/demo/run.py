@@ -1,0 +1,225 @@
+"""Trains Vim and DeiT on handwritten digits, measures both on one picture and writes the report.
+
+Every step leaves its result in a file; a second run takes what is there and says so.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from visionmamba.bench.cases import ModelName
+from visionmamba.bench.efficiency import Efficiency, EfficiencyResult
+from visionmamba.bench.machine import Machine, describe_machine
+from visionmamba.demo.report import Contender, Digit, Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from visionmamba.data import ImageSet
+    from visionmamba.recipes import Recipe
+    from visionmamba.training import FitResult
+
+_MODELS: tuple[ModelName, ...] = ("vim", "deit")
+_NAMES: dict[ModelName, str] = {"vim": "Vim", "deit": "DeiT"}
+_SAME_MACHINE = ("processor", "accelerator", "num_cores", "num_threads", "commit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train a small Vim beside a DeiT of equal parameters on real digits and write a report."""
+
+    out: Path = Path("runs/demo")
+    """Folder for both runs, the measurements and report.html."""
+    fresh: bool = False
+    """Train and measure anew instead of taking up what `out` holds."""
+    seed: int = 0
+    """Seed of both trainings."""
+    epochs: int | None = None
+    """Passes over the training images; None takes the recipes' own number."""
+    resolutions: tuple[int, ...] = (224, 384, 512, 768, 1024)
+    """Sides in pixels at which Vim-Ti and DeiT-Ti are measured."""
+    repeats: int = 5
+    """Timed passes of each measurement."""
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1; got {self.epochs}")
+        self._efficiency(None)  # checks resolutions and repeats before anything is trained
+
+    def run(self) -> Path:
+        """Train, predict, measure and return the path of the report.
+
+        Raises:
+            ImportError: the [train] extra is not installed.
+        """
+        from rich.console import Console
+
+        from visionmamba.data import Digits
+
+        console = Console()
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.fresh:
+            for name in (*_MODELS, "efficiency"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+        results = {model: self._train(model, console) for model in _MODELS}
+        console.rule("classifying the test digits")
+        test = Digits().build().val
+        answers = {model: self._classify(model, test, console) for model in _MODELS}
+        console.rule("measuring Vim-Ti and DeiT-Ti on this machine")
+        efficiency = self._measure(console)
+        report = Report(
+            vim=self._contender("vim", results["vim"], answers["vim"], test),
+            deit=self._contender("deit", results["deit"], answers["deit"], test),
+            digits=_digits(test, answers["vim"].labels, answers["deit"].labels),
+            efficiency=efficiency,
+            machine=describe_machine("cpu", command=self.command),
+        )
+        path = self.out / "report.html"
+        _write_whole(path, report.to_html())
+        console.print(f"\nThe report is written: {path.resolve().as_uri()}", style="bold")
+        return path
+
+    @property
+    def command(self) -> str:
+        """The command that repeats the demonstration from the beginning."""
+        words = ["visionmamba demo --fresh"]
+        for name in ("out", "seed", "epochs"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                words.append(f"--{name} {getattr(self, name)}")
+        return " ".join(words)
+
+    def _recipe(self, model: ModelName) -> "Recipe":
+        from visionmamba.recipes import digits_deit, digits_vim
+
+        recipes: dict[ModelName, Callable[[], Recipe]] = {"vim": digits_vim, "deit": digits_deit}
+        recipe = replace(recipes[model](), seed=self.seed)
+        return recipe if self.epochs is None else replace(recipe, epochs=self.epochs)
+
+    def _train_command(self, model: ModelName) -> str:
+        command = f"visionmamba train {self._recipe(model).name} --seed {self.seed}"
+        if self.epochs is not None:
+            command += f" --epochs {self.epochs}"
+        return f"{command} --out {self.out / model}"
+
+    def _train(self, model: ModelName, console: "Console") -> "FitResult":
+        from visionmamba.training import fit
+
+        folder = self.out / model
+        recipe = self._recipe(model)
+        console.rule(f"training {_NAMES[model]} ({recipe.name})")
+        result = fit(recipe, folder, device="cpu", command=self._train_command(model))
+        if result.was_finished:
+            console.print(f"{folder} is finished already and taken as it is; --fresh trains anew")
+        return result
+
+    def _classify(self, model: ModelName, test: "ImageSet", console: "Console") -> "_Answers":
+        from visionmamba.tasks import Classifier
+
+        classifier = Classifier.load(self.out / model / "last.safetensors", device="cpu")
+        pictures = [test.image(index) for index in range(len(test))]
+        classifier(pictures[:64], top_k=1)  # warm up
+        begin = time.perf_counter()
+        answers = classifier(pictures, top_k=1)
+        seconds = time.perf_counter() - begin
+        labels = tuple(answer.label for answer in answers)
+        right = sum(
+            test.class_names[i] == label for i, label in zip(test.labels, labels, strict=True)
+        )
+        console.print(f"{_NAMES[model]}: {right} of {len(pictures)} right", highlight=False)
+        return _Answers(labels, right / len(pictures), len(pictures) / seconds)
+
+    def _contender(
+        self, model: ModelName, result: "FitResult", answers: "_Answers", test: "ImageSet"
+    ) -> Contender:
+        from visionmamba.training import read_metrics
+
+        folder = self.out / model
+        record = json.loads((folder / "results.json").read_text())
+        return Contender(
+            name=_NAMES[model],
+            command=self._train_command(model),
+            accuracy=answers.accuracy,
+            parameters=result.parameters,
+            epochs=result.epochs,
+            seconds=result.seconds,
+            train_images_per_second=result.images_per_second,
+            predict_images_per_second=answers.images_per_second,
+            num_train_images=record["train_images"],
+            num_test_images=len(test),
+            metrics=tuple(read_metrics(folder / "metrics.csv")),
+        )
+
+    def _efficiency(self, image: Path | None) -> Efficiency:
+        return Efficiency(
+            size="tiny",
+            resolutions=self.resolutions,
+            device="cpu",
+            repeats=self.repeats,
+            image=image,
+            out=self.out / "efficiency",
+        )
+
+    def _measure(self, console: "Console") -> EfficiencyResult:
+        settings = self._efficiency(_china_picture())
+        machine = describe_machine("cpu", command=settings.command)
+        result = _measured_before(self.out / "efficiency", settings, machine)
+        if result is not None:
+            console.print(f"measured before, {result.machine.date}, and taken; --fresh repeats it")
+        else:
+            result = settings.measure(console)
+            result.save(self.out / "efficiency")
+        console.print(result.table())
+        console.print(result.sentence())
+        return result
+
+
+class _Answers(NamedTuple):
+    """What one model said about the test images."""
+
+    labels: tuple[str, ...]
+    accuracy: float
+    images_per_second: float
+
+
+def _digits(test: "ImageSet", vim: tuple[str, ...], deit: tuple[str, ...]) -> tuple[Digit, ...]:
+    truths = (test.class_names[label] for label in test.labels)
+    return tuple(
+        Digit(picture=test.image(index), truth=truth, vim=vim_label, deit=deit_label)
+        for index, (truth, vim_label, deit_label) in enumerate(zip(truths, vim, deit, strict=True))
+    )
+
+
+def _measured_before(
+    folder: Path, settings: Efficiency, machine: Machine
+) -> EfficiencyResult | None:
+    """The result in a folder, when it answers the same question on the same machine and code."""
+    for path in sorted(folder.glob("efficiency_*.json")):
+        record: dict[str, Any] = json.loads(path.read_text())
+        try:
+            result = EfficiencyResult.from_dict(record)
+        except (KeyError, TypeError):  # another version of this package wrote it
+            continue
+        then, now = asdict(result.machine), asdict(machine)
+        same = all(then[name] == now[name] for name in (*_SAME_MACHINE, "versions"))
+        if same and result.settings == settings:
+            return result
+    return None
+
+
+def _china_picture() -> Path:
+    """The photograph china.jpg, 640x427, that scikit-learn brings along."""
+    from importlib.resources import files
+
+    return Path(str(files("sklearn.datasets.images") / "china.jpg"))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there in full or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
