@@ -1,0 +1,47 @@
+"""From files to batches: image sets, their preparation for a model, loaders that can be resumed."""
+
+from visionmamba.data.batches import Batch, EvalBatches, TrainBatches, derive_seed
+from visionmamba.data.image_files import (
+    MAX_PIXELS,
+    UnreadableImageError,
+    as_upright_eight_bit,
+    open_image,
+)
+from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
+from visionmamba.data.sets import (
+    ArrayImages,
+    Digits,
+    FileImages,
+    ImageFolder,
+    ImageSet,
+    ImageSplits,
+    image_files_in,
+    open_images,
+    split_readable,
+)
+from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocessing
+
+__all__ = [
+    "MAX_PIXELS",
+    "ArrayImages",
+    "Augmentation",
+    "Batch",
+    "BatchTooLargeError",
+    "Digits",
+    "EvalBatches",
+    "FileImages",
+    "ImageFolder",
+    "ImageSet",
+    "ImageSplits",
+    "ImageTransform",
+    "Preprocessing",
+    "TrainBatches",
+    "UnreadableImageError",
+    "as_upright_eight_bit",
+    "derive_seed",
+    "explain_out_of_memory",
+    "image_files_in",
+    "open_image",
+    "open_images",
+    "split_readable",
+]

@@ -1,0 +1,121 @@
+"""Opening image files: the one place where bytes become a picture, or are refused."""
+
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485
+"""Largest picture, width times height, that is opened by default; where Pillow sees a bomb."""
+
+IMAGE_SUFFIXES = (
+    ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+"""Endings (lower case) of the files that count as images in a folder."""
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_bomb_limit_lock = threading.Lock()
+
+
+class UnreadableImageError(ValueError):
+    """A file that cannot be used as an image; the message names it and says why."""
+
+
+def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns the picture in a file, upright, as 8-bit "L" when it is gray and "RGB" otherwise.
+
+    Rotation from EXIF is applied, transparency is laid on white, 16 bits become 8, palette and CMYK
+    become RGB; of an animation or a multi-page file the first picture is taken.
+
+    Args:
+        path: the file; its ending does not matter.
+        max_pixels: width times height beyond which the file is refused before it is decoded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnreadableImageError: it is no image, damaged, cut short, too large or of a kind without
+            a known range.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no image {path}; check the path")
+    if path.is_dir():
+        raise UnreadableImageError(f"{path} is a folder, not an image; give the files in it")
+    try:
+        with warnings.catch_warnings(), _without_pillow_limit(), Image.open(path) as image:
+            # damaged EXIF and the like: Pillow warns and carries on, and so do we
+            warnings.filterwarnings("ignore", module="PIL")
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UnreadableImageError(
+                    f"{path} would decompress to {width}x{height} = {width * height} pixels, "
+                    "more than the limit "
+                    f"of {max_pixels}; raise max_pixels if you trust the file"
+                )
+            image.load()
+            return as_upright_eight_bit(image, path)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImageError(
+            f"{path} is not an image in any known format, whatever its name says; remove or "
+            "replace it"
+        ) from None
+    except _DECODE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UnreadableImageError(f"{path} cannot be read: {error.strerror}") from error
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        raise UnreadableImageError(
+            f"{path} is damaged or cut short ({reason}); remove it or copy it again"
+        ) from error
+
+
+def as_upright_eight_bit(image: Image.Image, name: str | Path) -> Image.Image:
+    """Returns a picture turned as its EXIF says and in the mode that `open_image` would give it.
+
+    Raises:
+        UnreadableImageError: its pixels have no known range; the message calls it by name.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT_MODES or image.mode == "I":
+        return _from_sixteen_bit(np.asarray(image), name)
+    if image.mode == "F":
+        raise UnreadableImageError(
+            f"{name} holds floating-point pixels, whose range is unknown; save it as 8- or 16-bit"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        gray_source = False
+    else:
+        gray_source = image.mode in ("1", "L")
+    return image.convert("L" if gray_source else "RGB")
+
+
+def _from_sixteen_bit(pixels: NDArray[np.integer], name: str | Path) -> Image.Image:
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise UnreadableImageError(
+            f"{name} holds integers from {pixels.min()} to {pixels.max()}, wanted 0 to 65535; "
+            "save it as 16-bit"
+        )
+    return Image.fromarray((pixels.astype(np.uint32) // 257).astype(np.uint8))
+
+
+@contextmanager
+def _without_pillow_limit() -> Iterator[None]:
+    """Turns off Pillow's process-wide limit: `open_image` checks its own, which may be higher."""
+    with _bomb_limit_lock:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit

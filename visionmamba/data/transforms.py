@@ -1,0 +1,212 @@
+"""From a picture to the tensor a model reads: fixed preparation, and training's random changes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+Channels = Literal["RGB", "L"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes of the training pictures; the defaults change nothing."""
+
+    min_crop_area: float = 1.0
+    """Smallest share of the picture's area that a random crop keeps; 1 crops as in evaluation."""
+    horizontal_flip: bool = False
+    """Mirror left and right with probability 1/2."""
+    rotation_degrees: float = 0.0
+    """Largest rotation to either side."""
+    translation: float = 0.0
+    """Largest shift, as a share of each side."""
+    zoom: float = 0.0
+    """Largest change of scale: 0.1 draws it from 0.9 to 1.1."""
+
+    def __post_init__(self) -> None:
+        _check_range("min_crop_area", self.min_crop_area, 0.01, 1.0)
+        _check_range("rotation_degrees", self.rotation_degrees, 0.0, 180.0)
+        _check_range("translation", self.translation, 0.0, 1.0)
+        _check_range("zoom", self.zoom, 0.0, 0.9)
+
+    @property
+    def moves(self) -> bool:
+        """Whether any rotation, shift or change of scale is asked for."""
+        return bool(self.rotation_degrees or self.translation or self.zoom)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes a model's input; written into the header of every weights file."""
+
+    image_size: int | tuple[int, int]
+    """Side, or (height, width), of the tensor in pixels."""
+    crop_fraction: float = 0.875
+    """Share of the resized picture that the centred crop keeps along its tighter side."""
+    interpolation: Interpolation = "bicubic"
+    """Filter of the resize."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Subtracted, one a channel, after scaling to 0..1."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Divided by, one a channel."""
+    channels: Channels = "RGB"
+    """"RGB" for three channels, "L" for one gray channel."""
+
+    def __post_init__(self) -> None:
+        height, width = self.size
+        if height < 1 or width < 1:
+            raise ValueError(f"image_size must be positive, got {self.image_size}")
+        _check_range("crop_fraction", self.crop_fraction, 0.01, 1.0)
+        if self.interpolation not in _RESAMPLING:
+            raise ValueError(
+                f"interpolation must be one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}"
+            )
+        if self.channels not in get_args(Channels):
+            raise ValueError(f"channels must be RGB or L, got {self.channels!r}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.num_channels:
+                raise ValueError(
+                    f"{name} needs {self.num_channels} values for channels={self.channels!r}, "
+                    f"got {len(values)}"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the tensor: 3 for "RGB", 1 for "L"."""
+        return 3 if self.channels == "RGB" else 1
+
+    def build(self, augmentation: Augmentation | None = None) -> "ImageTransform":
+        """Returns the transform of evaluation, or of training when an augmentation is given."""
+        return ImageTransform(preprocessing=self, augmentation=augmentation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for the header of a weights file."""
+        return {
+            "image_size": list(self.size),
+            "crop_fraction": self.crop_fraction,
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "channels": self.channels,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Returns what `to_dict` described.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value is out of range.
+        """
+        wanted = {"image_size", "crop_fraction", "interpolation", "mean", "std", "channels"}
+        if set(values) != wanted:
+            raise ValueError(
+                f"preprocessing needs the keys {', '.join(sorted(wanted))}, got "
+                f"{', '.join(sorted(values)) or 'none'}"
+            )
+        height, width = values["image_size"]
+        return cls(
+            image_size=(int(height), int(width)),
+            crop_fraction=float(values["crop_fraction"]),
+            interpolation=values["interpolation"],
+            mean=tuple(float(value) for value in values["mean"]),
+            std=tuple(float(value) for value in values["std"]),
+            channels=values["channels"],
+        )
+
+
+class ImageTransform:
+    """Callable: PIL image to float32 (C, H, W); random only through torch's global generator."""
+
+    def __init__(self, *, preprocessing: Preprocessing, augmentation: Augmentation | None) -> None:
+        self.preprocessing = preprocessing
+        self._crop = _random_crop(preprocessing, augmentation)
+        self._changes = _random_changes(augmentation)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if image.mode != self.preprocessing.channels:
+            image = image.convert(self.preprocessing.channels)
+        image = self._crop(image) if self._crop else _centred_crop(image, self.preprocessing)
+        for change in self._changes:
+            image = change(image)
+        pixels = v2.functional.pil_to_tensor(image)  # (C, H, W) uint8
+        scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+        mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
+        normalized: Tensor = v2.functional.normalize(scaled, mean, std, inplace=True)
+        return normalized
+
+
+def _random_crop(
+    preprocessing: Preprocessing, augmentation: Augmentation | None
+) -> v2.RandomResizedCrop | None:
+    if augmentation is None or augmentation.min_crop_area == 1.0:
+        return None
+    return v2.RandomResizedCrop(
+        preprocessing.size,
+        scale=(augmentation.min_crop_area, 1.0),
+        interpolation=InterpolationMode(preprocessing.interpolation),
+    )
+
+
+def _random_changes(augmentation: Augmentation | None) -> list[v2.Transform]:
+    if augmentation is None:
+        return []
+    changes: list[v2.Transform] = []
+    if augmentation.horizontal_flip:
+        changes.append(v2.RandomHorizontalFlip())
+    if augmentation.moves:
+        changes.append(
+            v2.RandomAffine(
+                degrees=augmentation.rotation_degrees,
+                translate=(augmentation.translation, augmentation.translation),
+                scale=(1 - augmentation.zoom, 1 + augmentation.zoom),
+                interpolation=InterpolationMode.BILINEAR,
+            )
+        )
+    return changes
+
+
+def _centred_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Resizes and crops in one pass: a very long picture never becomes a huge intermediate one."""
+    height, width = preprocessing.size
+    scale = max(height / image.height, width / image.width) / preprocessing.crop_fraction
+    resized_height = max(height, round(image.height * scale))
+    resized_width = max(width, round(image.width * scale))
+    top, left = round((resized_height - height) / 2), round((resized_width - width) / 2)
+    box = (
+        left * image.width / resized_width,
+        top * image.height / resized_height,
+        (left + width) * image.width / resized_width,
+        (top + height) * image.height / resized_height,
+    )
+    if box == (0, 0, image.width, image.height) and image.size == (width, height):
+        return image
+    return image.resize((width, height), _RESAMPLING[preprocessing.interpolation], box=box)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {value:g}")

@@ -1,0 +1,57 @@
+"""A small Vim and a DeiT of equal size on scikit-learn's handwritten digits, under one recipe."""
+
+from visionmamba.data import Augmentation, Digits, Preprocessing
+from visionmamba.models import DeiTConfig, VimConfig
+from visionmamba.recipes.recipe import Recipe
+from visionmamba.training import OptimizerConfig
+
+_PREPROCESSING = Preprocessing(
+    image_size=8,
+    crop_fraction=1.0,
+    interpolation="bilinear",
+    mean=(0.305,),
+    std=(0.376,),
+    channels="L",
+)
+_AUGMENTATION = Augmentation(rotation_degrees=10, translation=0.1, zoom=0.1)
+_OPTIMIZER = OptimizerConfig(lr=3e-3, warmup_epochs=3, weight_decay=0.05)
+_EPOCHS = 40
+_BATCH_SIZE = 64
+
+
+def digits_vim() -> Recipe:
+    """A Vim of 0.2 M parameters on the handwritten digits, 8x8 px, one token a pixel."""
+    return Recipe(
+        name="digits_vim",
+        data=Digits(),
+        model=VimConfig(
+            image_size=8, patch_size=2, in_channels=1, num_classes=10, d_model=72, depth=4
+        ),
+        preprocessing=_PREPROCESSING,
+        augmentation=_AUGMENTATION,
+        optimizer=_OPTIMIZER,
+        epochs=_EPOCHS,
+        batch_size=_BATCH_SIZE,
+    )
+
+
+def digits_deit() -> Recipe:
+    """A DeiT with as many parameters as `digits_vim`, trained in the same way."""
+    return Recipe(
+        name="digits_deit",
+        data=Digits(),
+        model=DeiTConfig(
+            image_size=8,
+            patch_size=2,
+            in_channels=1,
+            num_classes=10,
+            d_model=64,
+            depth=4,
+            num_heads=4,
+        ),
+        preprocessing=_PREPROCESSING,
+        augmentation=_AUGMENTATION,
+        optimizer=_OPTIMIZER,
+        epochs=_EPOCHS,
+        batch_size=_BATCH_SIZE,
+    )

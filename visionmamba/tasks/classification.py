@@ -1,0 +1,415 @@
+"""Naming what a picture shows: the task that trains a classifier, and its predictor."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visionmamba.data import (
+    Batch,
+    EvalBatches,
+    Preprocessing,
+    as_upright_eight_bit,
+    explain_out_of_memory,
+    open_image,
+    open_images,
+)
+from visionmamba.data.sets import OnUnreadable, Split
+from visionmamba.models.weights import load, read_header, resolve_device, save
+
+Picture = str | Path | Image.Image | NDArray[Any]
+"""What a predictor takes: a file, a PIL image, or uint8 (H, W), (H, W, 1), (H, W, 3), (H, W, 4)."""
+
+_TASK = "classification"
+_THUMBNAIL_SIDE_PX = 512
+_BAR_HEIGHT_PX = 18
+_MIN_PICTURE_WIDTH_PX = 256
+
+
+class ClassificationTask(nn.Module):
+    """A model trained with cross-entropy and judged by its top-1 and top-5 accuracy."""
+
+    metric_names = ("val_loss", "val_accuracy", "val_top5_accuracy")
+    monitor = "val_accuracy"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        class_names: tuple[str, ...],
+        preprocessing: Preprocessing,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        """Takes a model with one output a class; label_smoothing is 0 to below 1."""
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing must be at least 0 and below 1, got {label_smoothing}"
+            )
+        self.model = model
+        self.class_names = class_names
+        self.preprocessing = preprocessing
+        self.label_smoothing = label_smoothing
+        self._sums: Tensor
+        self.register_buffer("_sums", torch.zeros(3), persistent=False)
+        self._num_seen = 0
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """Returns the mean cross-entropy of a batch, a float32 scalar."""
+        logits = self.model(batch.images).float()
+        return F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+
+    def add_to_validation(self, batch: Batch) -> None:
+        """Counts a batch into the metrics."""
+        logits = self.model(batch.images).float()
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        first, first_five = _hits(logits, batch.labels)
+        self._sums += torch.stack([loss, first.sum(), first_five.sum()])
+        self._num_seen += len(batch.labels)
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Returns the metrics of everything counted, by `metric_names`, and starts anew."""
+        means = [total / max(self._num_seen, 1) for total in self._sums.tolist()]
+        self._sums.zero_()
+        self._num_seen = 0
+        return dict(zip(self.metric_names, means, strict=True))
+
+    def save_weights(self, path: Path) -> None:
+        """Writes the model with all that `Classifier.load` needs."""
+        save(
+            self.model,
+            path,
+            task=_TASK,
+            class_names=self.class_names,
+            preprocessing=self.preprocessing.to_dict(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """What a picture shows, most probable first."""
+
+    labels: tuple[str, ...]
+    """Names of the classes."""
+    probabilities: tuple[float, ...]
+    """One a label, 0 to 1; over all classes they sum to 1."""
+    file: str | None = None
+    """Where the picture came from; None for images and arrays in memory."""
+    picture: Image.Image = field(repr=False, compare=False)
+    """The picture, reduced to at most 512 px a side."""
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return self.labels[0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of the most probable class."""
+        return self.probabilities[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, ready for JSON."""
+        return {
+            "file": self.file,
+            "labels": list(self.labels),
+            "probabilities": list(self.probabilities),
+        }
+
+    def save(self, folder: str | Path, *, name: str | None = None) -> Path:
+        """Writes NAME.json and the annotated NAME.png into a folder, which is made when missing.
+
+        Args:
+            folder: where to write; files of the same name are replaced.
+            name: without ending; by default that of the picture's file, or "image".
+
+        Returns:
+            The path of the JSON file.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = name or (Path(self.file).stem if self.file else "image")
+        _replace_file(folder / f"{name}.png", self._annotated())
+        target = folder / f"{name}.json"
+        _replace_file(target, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        return target
+
+    def _annotated(self) -> Image.Image:
+        scale = max(1, _MIN_PICTURE_WIDTH_PX // self.picture.width)
+        size = (self.picture.width * scale, self.picture.height * scale)
+        enlarged = self.picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
+        width = max(enlarged.width, _MIN_PICTURE_WIDTH_PX)
+        height = enlarged.height + _BAR_HEIGHT_PX * len(self.labels) + 4
+        canvas = Image.new("RGB", (width, height), "white")
+        canvas.paste(enlarged, ((width - enlarged.width) // 2, 0))
+        draw = ImageDraw.Draw(canvas)
+        font = ImageFont.load_default(size=12)
+        lines = zip(self.labels, self.probabilities, strict=True)
+        for row, (label, probability) in enumerate(lines):
+            top = enlarged.height + 4 + row * _BAR_HEIGHT_PX
+            bar = (0, top, round(width * probability), top + _BAR_HEIGHT_PX - 4)
+            draw.rectangle(bar, fill="#bcd4ee")
+            draw.text((4, top - 1), f"{probability:6.1%}  {label}", fill="black", font=font)
+        return canvas
+
+
+class Classifier:
+    """Pictures in, classifications out; `Classifier.load(weights)("picture.jpg")`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        preprocessing: Preprocessing,
+        class_names: tuple[str, ...],
+        device: str | torch.device = "auto",
+    ) -> None:
+        """Take a model whose outputs are the classes, in order.
+
+        Raises:
+            ValueError: the device is unknown or absent.
+        """
+        self.device = resolve_device(device)
+        self.model = model.eval().to(self.device)
+        self.preprocessing = preprocessing
+        self.class_names = class_names
+        self._transform = preprocessing.build()
+
+    @classmethod
+    def load(cls, weights: str | os.PathLike[str], *, device: str = "auto") -> "Classifier":
+        """Returns the classifier in a weights file.
+
+        Args:
+            weights: a file that `fit` or `visionmamba.save` wrote.
+            device: "auto" takes the GPU when there is one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, too new, of another task, or says nothing about preparation.
+        """
+        header = read_header(weights)
+        if header.task != _TASK:
+            raise ValueError(
+                f"{os.fspath(weights)} was trained for {header.task}, wanted {_TASK}; "
+                "use the predictor of that task"
+            )
+        if not header.preprocessing:
+            raise ValueError(
+                f"{os.fspath(weights)} does not say how pictures are prepared; "
+                "save it with visionmamba.save(..., preprocessing=...)"
+            )
+        model = load(weights, device=device)
+        names = header.class_names or tuple(map(str, range(model.config.num_classes)))
+        preprocessing = Preprocessing.from_dict(header.preprocessing)
+        return cls(model, preprocessing=preprocessing, class_names=names, device=device)
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # a str is a sequence too, but of no pictures
+        self, pictures: Picture, *, top_k: int = 5, batch_size: int = 32
+    ) -> Classification: ...
+
+    @overload
+    def __call__(
+        self, pictures: Sequence[Picture], *, top_k: int = 5, batch_size: int = 32
+    ) -> list[Classification]: ...
+
+    def __call__(
+        self, pictures: Picture | Sequence[Picture], *, top_k: int = 5, batch_size: int = 32
+    ) -> Classification | list[Classification]:
+        """Returns what one picture shows, or a list for a list or tuple of pictures.
+
+        Args:
+            pictures: files, PIL images or uint8 arrays (H, W), (H, W, 3), (H, W, 4), one or many.
+            top_k: how many classes to report; fewer when there are fewer classes.
+            batch_size: pictures that go through the model at once.
+
+        Raises:
+            FileNotFoundError, UnreadableImageError: a file is missing or no image.
+            ValueError: an array of another shape or type, or top_k or batch_size below 1.
+            BatchTooLargeError: a batch does not fit into memory.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if isinstance(pictures, str | Path | Image.Image | np.ndarray):
+            return self._classify([pictures], top_k)[0]
+        classified: list[Classification] = []
+        for start in range(0, len(pictures), batch_size):
+            classified += self._classify(pictures[start : start + batch_size], top_k)
+        return classified
+
+    def _classify(self, pictures: Sequence[Picture], top_k: int) -> list[Classification]:
+        images = [_as_image(picture) for picture in pictures]
+        with explain_out_of_memory(len(images)):
+            batch = torch.stack([self._transform(image) for image in images]).to(self.device)
+            with torch.inference_mode():
+                probabilities = self.model(batch).float().softmax(dim=-1).cpu()
+        values, indices = probabilities.topk(min(top_k, len(self.class_names)))
+        return [
+            Classification(
+                labels=tuple(self.class_names[index] for index in row_indices),
+                probabilities=tuple(row_values),
+                file=str(picture) if isinstance(picture, str | Path) else None,
+                picture=_thumbnail(image),
+            )
+            for picture, image, row_values, row_indices in zip(
+                pictures, images, values.tolist(), indices.tolist(), strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How well a classifier does on a set of labelled pictures."""
+
+    accuracy: float
+    """Share of the pictures whose most probable class is right."""
+    top5_accuracy: float
+    """Share whose class is among the five most probable."""
+    per_class: dict[str, float]
+    """Top-1 accuracy of each class that has pictures."""
+    num_images: int
+    """Pictures judged."""
+    unreadable: tuple[str, ...]
+    """Files that were left out, with the reasons."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, ready for JSON."""
+        return asdict(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes evaluation.json into a folder, made when missing, and returns its path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / "evaluation.json"
+        _replace_file(target, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        return target
+
+
+def evaluate(
+    weights: str | os.PathLike[str],
+    data: str | Path,
+    *,
+    split: Split = "val",
+    device: str = "auto",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    on_unreadable: OnUnreadable = "fail",
+) -> Evaluation:
+    """Returns the accuracy of a weights file on labelled pictures.
+
+    Args:
+        weights: a file that `fit` or `visionmamba.save` wrote.
+        data: "digits", a folder with train/ and val/, or a folder of class folders.
+        split: which half of "digits", or of a folder that has both.
+        device: "auto" takes the GPU when there is one.
+        batch_size: pictures that go through the model at once.
+        num_workers: processes that read pictures beside this one.
+        on_unreadable: stop at a file that cannot be opened, or leave it out and list it.
+
+    Raises:
+        FileNotFoundError: the weights or the data are missing.
+        ValueError: the classes of both disagree, or either is damaged.
+        BatchTooLargeError: a batch does not fit into memory.
+    """
+    classifier = Classifier.load(weights, device=device)
+    images = open_images(data, split=split, on_unreadable=on_unreadable)
+    if images.class_names != classifier.class_names:
+        raise ValueError(
+            _class_difference(weights, data, classifier.class_names, images.class_names)
+        )
+    batches = EvalBatches(
+        images, classifier.preprocessing.build(), batch_size=batch_size, num_workers=num_workers
+    )
+    first: list[Tensor] = []
+    first_five: list[Tensor] = []
+    with torch.inference_mode(), explain_out_of_memory(batch_size):
+        for batch in batches:
+            logits = classifier.model(batch.images.to(classifier.device)).float().cpu()
+            hits = _hits(logits, batch.labels)
+            first.append(hits[0])
+            first_five.append(hits[1])
+    hit, labels = torch.cat(first).double(), torch.tensor(images.labels)
+    return Evaluation(
+        accuracy=hit.mean().item(),
+        top5_accuracy=torch.cat(first_five).double().mean().item(),
+        per_class={
+            name: hit[labels == label].mean().item()
+            for label, name in enumerate(images.class_names)
+            if bool((labels == label).any())
+        },
+        num_images=len(images),
+        unreadable=images.unreadable,
+    )
+
+
+def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (B,) booleans: the label is the most probable class, is among the first five."""
+    ranked = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
+    return ranked[:, 0], ranked.any(dim=-1)
+
+
+def _as_image(picture: Picture) -> Image.Image:
+    if isinstance(picture, str | Path):
+        return open_image(picture)
+    if isinstance(picture, Image.Image):
+        return as_upright_eight_bit(picture, "the picture")
+    if not isinstance(picture, np.ndarray):
+        raise ValueError(
+            f"a picture must be a path, a PIL image or a uint8 array, got {type(picture).__name__}"
+        )
+    if picture.dtype != np.uint8:
+        raise ValueError(
+            f"a picture array must be uint8 with values 0 to 255, got {picture.dtype}; "
+            "scale and convert it"
+        )
+    if picture.ndim == 3 and picture.shape[2] == 1:
+        picture = picture[:, :, 0]
+    if picture.size == 0 or not (
+        picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))
+    ):
+        raise ValueError(
+            f"a picture array must be (H, W), (H, W, 3) or (H, W, 4), got {picture.shape}; "
+            "give several pictures as a list"
+        )
+    return Image.fromarray(picture)
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    copy = image.copy()
+    copy.thumbnail((_THUMBNAIL_SIDE_PX, _THUMBNAIL_SIDE_PX))
+    return copy
+
+
+def _class_difference(
+    weights: str | os.PathLike[str], data: str | Path, ours: Sequence[str], theirs: Sequence[str]
+) -> str:
+    missing = sorted(set(theirs) - set(ours)) or sorted(set(ours) - set(theirs))
+    example = f" (for example {missing[0]})" if missing else " (their order differs)"
+    return (
+        f"{os.fspath(weights)} knows {len(ours)} classes and {data} has {len(theirs)}, which must "
+        f"be the same{example}; evaluate on data with the classes it was trained on"
+    )
+
+
+def _replace_file(target: Path, content: str | Image.Image) -> None:
+    """Writes a text or a PNG under a temporary name first, so that it is never there by half."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            content.save(temporary, format="PNG")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+"""What the training loop asks of a task and its data; it knows nothing else about them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from visionmamba.training.optimizer import OptimizerConfig
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient became infinite or not a number; the message says where."""
+
+
+class Task(Protocol):
+    """A model with its loss and metrics; also an nn.Module, so that it moves to a device as one."""
+
+    model: nn.Module
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the validation metrics, each beginning with "val_"."""
+
+    @property
+    def monitor(self) -> str:
+        """The metric by which the best weights are chosen; higher is better."""
+
+    def training_loss(self, batch: Any) -> Tensor:
+        """Returns the scalar loss of a batch."""
+
+    def add_to_validation(self, batch: Any) -> None:
+        """Counts a batch into the metrics."""
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Returns the metrics of everything counted, and starts anew."""
+
+    def save_weights(self, path: Path) -> None:
+        """Writes the model's weights with all that its predictor needs."""
+
+
+class EpochBatches(Protocol):
+    """Training batches, epoch after epoch, resumable after any batch."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves to the start of an epoch, unless that epoch is already under way."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the place in the data."""
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a place that `state_dict` returned."""
+
+
+class Batches(Protocol):
+    """Validation batches, the same ones at every pass."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All that is needed to train: what `Recipe.build` returns."""
+
+    task: Task
+    """Model, loss and metrics."""
+    train_batches: EpochBatches
+    """What to learn from."""
+    val_batches: Batches
+    """What to judge on after each epoch."""
+    optimizer: OptimizerConfig
+    """How to learn."""
+    epochs: int
+    """Passes over the training data."""
+    batch_size: int
+    """Examples in a batch; for messages and for examples per second."""
+    precision: Precision
+    """Arithmetic of the forward and backward pass."""
+    log_every_steps: int
+    """Distance of the training rows in metrics.csv."""
+    data_summary: dict[str, Any]
+    """Plain facts of the data (counts, class names), which must be the same at a resume."""
+
+
+class Recipe(Protocol):
+    """A frozen dataclass that describes a run."""
+
+    @property
+    def name(self) -> str:
+        """Name of the recipe."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the initial weights and of everything random afterwards."""
+
+    def build(self, *, num_workers: int = 0) -> Experiment:
+        """Reads the data and makes the model; its weights come from torch's global generator."""
