@@ -43,7 +43,7 @@ class _Failure(NamedTuple):
 
 def derive_seed(*parts: int) -> int:
     """Returns a 64-bit seed that is a pure function of its parts, all of them at least 0."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0])
 
 
 class TrainBatches:
