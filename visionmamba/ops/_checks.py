@@ -61,6 +61,11 @@ def parameter_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in the dtype of an output, stopping at float16's largest instead of infinity."""
+    return values.clamp(-65504, 65504).half() if dtype == torch.float16 else values.to(dtype)
+
+
 def same_dtype(*tensors: Tensor) -> bool:
     """Return whether all tensors share one dtype."""
     return all(tensor.dtype == tensors[0].dtype for tensor in tensors)

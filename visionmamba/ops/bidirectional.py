@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionmamba.ops._checks import (
+    as_stored,
     check_dtypes_and_devices,
     check_ndim,
     check_shape,
@@ -90,7 +91,7 @@ def bidirectional_scan(
         return_state: return the two last states too.
 
     Returns:
-        y (B, L, E) in x's dtype; with return_state also the pair of last states (B, E, N) float32, after token L-1 and
+        y (B, L, E) in x's dtype (float16 stops at 65504 instead of infinity); with return_state also the pair of last states (B, E, N) float32, after token L-1 and
         after token 0. Gradients flow through all of them and to every tensor given.
 
     Raises:
@@ -152,7 +153,7 @@ def bidirectional_scan(
     else:
         tensors += [tensor.to(parameter) for tensor in initial_state]
     y, last_f, last_b, _, _ = _bidirectional_scan(*tensors, scale, needs_grad(*tensors))
-    y = y.to(dtype)
+    y = as_stored(y, dtype)
     return (y, (last_f, last_b)) if return_state else y
 
 
@@ -191,7 +192,7 @@ def bidirectional_scan_torch(
         total = total * scale
         if z is not None:
             total = total * F.silu(z.to(dtype))
-        return total.to(x[0].dtype), last[0], last[1], kept[0], kept[1]
+        return as_stored(total, x[0].dtype), last[0], last[1], kept[0], kept[1]
 
 
 def bidirectional_scan_backward_torch(

@@ -5,7 +5,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from visionmamba.ops._checks import check_dtypes_and_devices, check_shape, parameter_dtype
+from visionmamba.ops._checks import (
+    as_stored,
+    check_dtypes_and_devices,
+    check_shape,
+    parameter_dtype,
+)
 from visionmamba.ops.cpu import cpu_backend
 
 
@@ -31,7 +36,7 @@ def rms_norm(
         residual: (..., D) like x, usually float32; the norm is taken of residual + x.
 
     Returns:
-        normed (..., D) in x's dtype; with a residual the pair (normed, residual + x), the latter in the residual's dtype.
+        normed (..., D) in x's dtype (float16 stops at 65504 instead of infinity); with a residual the pair (normed, residual + x), the latter in the residual's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
@@ -59,10 +64,10 @@ def rms_norm_torch(
         if residual is not None:
             total = total + residual.to(weight.dtype)
         scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-        normed = (total * scale * weight).to(x.dtype)
+        normed = as_stored(total * scale * weight, x.dtype)
         if residual is None:
             return normed, x.new_empty(0)
-        return normed, total.to(residual.dtype)
+        return normed, as_stored(total, residual.dtype)
 
 
 def rms_norm_backward_torch(

@@ -186,7 +186,7 @@ extern "C" int vim_causal_conv1d_backward(const ConvProblem* problem) {
             for (int64_t task = group * tasks / groups; task < (group + 1) * tasks / groups; ++task) {
                 const int64_t b = task / chunks, first = task % chunks * CHUNK;
                 const int64_t last = min_of(first + CHUNK, p.length);
-                with_dtype(p.dtype, [&](auto* tag) {
+                with_dtype<float16_gradient>(p.dtype, [&](auto* tag) {
                     backward_chunk<std::remove_pointer_t<decltype(tag)>>(
                         p, b, first, last, partials.floats() + group * share, window.floats());
                 });

@@ -44,16 +44,19 @@ struct ScanProblem {
 
 // The parameters of a direction with channels in the lanes: rows of `padded` channels.
 struct Weights {
-    float* A;         // (states, padded), not scaled
+    float* A;          // (states, padded), not scaled
     float* dt_weight;  // (rank, padded)
 };
 
+// States and ranks are worked on in fours; what is added is zero and stays zero.
+inline int64_t fours(int64_t count) { return ceil_div(count, 4) * 4; }
+
 int64_t weights_size(const ScanProblem& p, const ScanDirection& d, int64_t padded) {
-    return (p.states + d.rank) * padded;
+    return (fours(p.states) + fours(d.rank)) * padded;
 }
 
 Weights transpose_weights(const ScanProblem& p, const ScanDirection& d, int64_t padded, float* memory) {
-    Weights w{memory, memory + p.states * padded};
+    Weights w{memory, memory + fours(p.states) * padded};
     for (int64_t c = 0; c < p.channels; ++c) {
         for (int64_t n = 0; n < p.states; ++n) w.A[n * padded + c] = d.A[c * p.states + n];
         for (int64_t r = 0; r < d.rank; ++r) w.dt_weight[r * padded + c] = d.dt_weight[c * d.rank + r];
@@ -73,9 +76,11 @@ void load_rows(const ScanProblem& p, const ScanDirection& d, const View& view, i
         const T* data = static_cast<const T*>(view.data) + b * view.batch_stride;
         for (int t = 0; t < count; ++t) {
             const T* row = data + token_of(d, first + t, p.length) * view.token_stride;
+            float* target = rows + t * fours(columns);
             int64_t c = 0;
-            for (; c + WIDTH <= columns; c += WIDTH) store(rows + t * columns + c, load(row + c));
-            for (; c < columns; ++c) rows[t * columns + c] = load_one(row + c);
+            for (; c + WIDTH <= columns; c += WIDTH) store(target + c, load(row + c));
+            for (; c < columns; ++c) target[c] = load_one(row + c);
+            for (; c < fours(columns); ++c) target[c] = 0;
         }
     });
 }
@@ -95,9 +100,10 @@ void load_block(const ScanProblem& p, const ScanDirection& d, const View& view, 
     });
 }
 
+template <typename Half = float16_gradient>
 void store_block(const ScanProblem& p, const ScanDirection& d, const View& view, int64_t b,
                  int64_t first, int count, int64_t channel, int lanes, const vec* block) {
-    with_dtype(p.dtype, [&](auto* tag) {
+    with_dtype<Half>(p.dtype, [&](auto* tag) {
         using T = std::remove_pointer_t<decltype(tag)>;
         T* data = static_cast<T*>(view.data) + b * view.batch_stride + channel;
         const int64_t step = d.reverse ? -view.token_stride : view.token_stride;
@@ -109,6 +115,28 @@ void store_block(const ScanProblem& p, const ScanDirection& d, const View& view,
     });
 }
 
+// Cache lines of the next block of channels, asked for while this one computes: its rows lie too far apart for the
+// hardware to foresee.
+struct Ahead {
+    const char* rows[5];
+    int64_t steps[5];
+    int count = 0;
+
+    void add(const ScanProblem& p, const ScanDirection& d, const View& view, int64_t b, int64_t first,
+             int64_t channel) {
+        if (!view.data) return;
+        const int64_t bytes = p.dtype == FLOAT32 ? 4 : 2;
+        const int64_t token = token_of(d, first, p.length);
+        rows[count] = static_cast<const char*>(view.data) +
+                      (b * view.batch_stride + token * view.token_stride + channel) * bytes;
+        steps[count++] = (d.reverse ? -view.token_stride : view.token_stride) * bytes;
+    }
+
+    void fetch(int t) const {
+        for (int i = 0; i < count; ++i) __builtin_prefetch(rows[i] + t * steps[i], 0, 2);
+    }
+};
+
 // Step sizes of one block before softplus.
 void raw_steps(const ScanProblem& p, const ScanDirection& d, const Weights& w, int64_t padded, int64_t b,
                int64_t first, int count, int64_t channel, int lanes, const float* dt_r, vec* steps) {
@@ -119,95 +147,89 @@ void raw_steps(const ScanProblem& p, const ScanDirection& d, const Weights& w, i
         return;
     }
     const float* weight = w.dt_weight + channel;
-    int t = 0;
-    for (; t + 4 <= count; t += 4) {
+    const int64_t rank = fours(d.rank);
+    // Rows past `count` hold what earlier tiles left there; their results are not used.
+    for (int t = 0; t < count; t += 4) {
         vec s0 = bias, s1 = bias, s2 = bias, s3 = bias;
-        const float* row = dt_r + t * d.rank;
+        const float* row = dt_r + t * rank;
         for (int64_t r = 0; r < d.rank; ++r) {
             const vec column = load(weight + r * padded);
             s0 += row[r] * column;
-            s1 += row[r + d.rank] * column;
-            s2 += row[r + 2 * d.rank] * column;
-            s3 += row[r + 3 * d.rank] * column;
+            s1 += row[r + rank] * column;
+            s2 += row[r + 2 * rank] * column;
+            s3 += row[r + 3 * rank] * column;
         }
         steps[t] = s0, steps[t + 1] = s1, steps[t + 2] = s2, steps[t + 3] = s3;
     }
-    for (; t < count; ++t) {
-        vec sum = bias;
-        for (int64_t r = 0; r < d.rank; ++r) sum += dt_r[t * d.rank + r] * load(weight + r * padded);
-        steps[t] = sum;
-    }
 }
 
-// NUM states of a block of channels through the tile: h = exp(dt A) h + dt x B, y += C h. A is scaled by log2(e).
-template <int NUM>
-void scan_states(int count, const vec* steps, const vec* drive, const float* B, const float* C,
-                 int64_t states, const vec* A, vec* h, vec* y) {
-    vec rate[NUM], state[NUM];
-    for (int j = 0; j < NUM; ++j) rate[j] = A[j] * LOG2E, state[j] = h[j];
+// Four states of a block of channels through the tile: h = exp(dt A) h + dt x B, y += C h.
+void scan_states(int count, const vec* steps, const vec* drive, const float* B, const float* C, int64_t stride,
+                 const vec* A, vec* h, vec* y, const Ahead& ahead) {
+    vec rate[4], state[4];
+    for (int j = 0; j < 4; ++j) rate[j] = A[j] * LOG2E, state[j] = h[j];
     for (int t = 0; t < count; ++t) {
+        ahead.fetch(t);
         const vec step = steps[t], input = drive[t];
         vec sum = y[t];
-        for (int j = 0; j < NUM; ++j) {
-            state[j] = exp2_of(step * rate[j]) * state[j] + input * B[t * states + j];
-            sum += state[j] * C[t * states + j];
+        for (int j = 0; j < 4; ++j) {
+            state[j] = exp2_of(step * rate[j]) * state[j] + input * B[t * stride + j];
+            sum += state[j] * C[t * stride + j];
         }
         y[t] = sum;
     }
-    for (int j = 0; j < NUM; ++j) h[j] = state[j];
+    for (int j = 0; j < 4; ++j) h[j] = state[j];
 }
 
-// Buffers of scan_states_backward for one tile.
+// Buffers of one tile's backward.
 struct TileGradients {
-    vec *ddt, *dinput;   // (TILE) gradients of dt through the decay, and of dt x
-    vec *dB, *dC;        // (TILE, states) per lane, summed over blocks
-    vec *decays, *states;  // (TILE, NUM), (TILE + 1, NUM)
+    vec *ddt, *dinput;     // (TILE) gradients of dt through the decay, and of dt x
+    vec *dB, *dC;          // (TILE, states / 4) folded lanes, summed over blocks
+    vec *decays, *states;  // (TILE, 4), (TILE + 1, 4)
 };
 
-// Gradients of NUM states of a block through the tile. `h` enters the tile, `lam` is the gradient that comes from
-// behind it and becomes the one that leaves it. y gets the ungated output when wanted.
-template <int NUM>
+// Gradients of four states of a block through the tile. `h` enters the tile, `lam` is the gradient that comes from
+// behind it and becomes the one that leaves it. y gets the ungated output.
 void scan_states_backward(int count, const vec* steps, const vec* drive, const vec* dy, const float* B,
-                          const float* C, int64_t states, int64_t n, const vec* A, const vec* h, vec* lam,
-                          vec* dA, vec* y, const TileGradients& g) {
-    vec rate[NUM], state[NUM], decay_rate[NUM], dA_sum[NUM], adjoint[NUM];
-    for (int j = 0; j < NUM; ++j) {
+                          const float* C, int64_t stride, const vec* A, const vec* h, vec* lam, vec* dA, vec* y,
+                          vec* dB, vec* dC, const TileGradients& g, const Ahead& ahead) {
+    vec rate[4], state[4], decay_rate[4], dA_sum[4], adjoint[4];
+    for (int j = 0; j < 4; ++j) {
         decay_rate[j] = A[j], rate[j] = A[j] * LOG2E, state[j] = h[j];
         dA_sum[j] = dA[j], adjoint[j] = lam[j];
         g.states[j] = state[j];
     }
-    B += n, C += n;
     for (int t = 0; t < count; ++t) {
+        ahead.fetch(t);
         const vec step = steps[t], input = drive[t];
         vec sum = y[t];
-        for (int j = 0; j < NUM; ++j) {
+        for (int j = 0; j < 4; ++j) {
             const vec decay = exp2_of(step * rate[j]);
-            state[j] = decay * state[j] + input * B[t * states + j];
-            sum += state[j] * C[t * states + j];
-            g.decays[t * NUM + j] = decay;
-            g.states[(t + 1) * NUM + j] = state[j];
+            state[j] = decay * state[j] + input * B[t * stride + j];
+            sum += state[j] * C[t * stride + j];
+            g.decays[t * 4 + j] = decay;
+            g.states[(t + 1) * 4 + j] = state[j];
         }
         y[t] = sum;
     }
     for (int t = count - 1; t >= 0; --t) {
         const vec step = steps[t], input = drive[t], outer = dy[t];
-        vec ddt = g.ddt[t], dinput = g.dinput[t];
-        for (int j = 0; j < NUM; ++j) {
-            vec* dB = g.dB + t * states + n + j;
-            vec* dC = g.dC + t * states + n + j;
-            const vec decay = g.decays[t * NUM + j];
-            const vec current = adjoint[j] + outer * C[t * states + j];
-            *dC += outer * g.states[(t + 1) * NUM + j];
-            *dB += current * input;
-            adjoint[j] = current * decay;
-            const vec through = adjoint[j] * g.states[t * NUM + j];
+        vec ddt = g.ddt[t], dinput = g.dinput[t], to_B[4], to_C[4];
+        for (int j = 0; j < 4; ++j) {
+            const vec current = adjoint[j] + outer * C[t * stride + j];
+            to_C[j] = outer * g.states[(t + 1) * 4 + j];
+            to_B[j] = current * input;
+            adjoint[j] = current * g.decays[t * 4 + j];
+            const vec through = adjoint[j] * g.states[t * 4 + j];
             dA_sum[j] += through * step;
             ddt += through * decay_rate[j];
-            dinput += current * B[t * states + j];
+            dinput += current * B[t * stride + j];
         }
+        dB[t * stride / 4] += fold_lanes(to_B);
+        dC[t * stride / 4] += fold_lanes(to_C);
         g.ddt[t] = ddt, g.dinput[t] = dinput;
     }
-    for (int j = 0; j < NUM; ++j) dA[j] = dA_sum[j], lam[j] = adjoint[j];
+    for (int j = 0; j < 4; ++j) dA[j] = dA_sum[j], lam[j] = adjoint[j];
 }
 
 // Which channels group g of `groups` owns, in blocks of WIDTH.
@@ -230,9 +252,9 @@ int64_t count_groups(const ScanProblem& p) {
 
 // Copies states between (batch, channels, states) and vectors (states, lanes) of a block.
 void load_states(const float* states, int64_t b, const ScanProblem& p, int64_t channel, int lanes, vec* block) {
-    for (int64_t n = 0; n < p.states; ++n) {
+    for (int64_t n = 0; n < fours(p.states); ++n) {
         block[n] = vec{};
-        if (!states) continue;
+        if (!states || n >= p.states) continue;
         for (int lane = 0; lane < lanes; ++lane)
             block[n][lane] = states[(b * p.channels + channel + lane) * p.states + n];
     }
@@ -244,24 +266,27 @@ void store_states(float* states, int64_t b, const ScanProblem& p, int64_t channe
             states[(b * p.channels + channel + lane) * p.states + n] = block[n][lane];
 }
 
+int64_t widest_rank(const ScanProblem& p) {
+    const int64_t first = fours(p.directions[0].rank), second = fours(p.directions[1].rank);
+    return first > second ? first : second;
+}
+
 // The first direction's ungated sum waits in y itself in float32, otherwise in scratch.
 bool keeps_sums(const ScanProblem& p) { return p.num_directions == 2 && p.dtype != FLOAT32; }
 
 void forward_task(const ScanProblem& p, const Weights* weights, int64_t padded, int64_t b, Group group,
                   Scratch& scratch) {
-    const int64_t blocks = group.last_block - group.first_block;
-    vec* h = scratch.take(blocks * p.states);
+    const int64_t blocks = group.last_block - group.first_block, states = fours(p.states);
+    vec* h = scratch.take(blocks * states);
     vec* steps = scratch.take(TILE);
     vec* drive = scratch.take(TILE);
     vec* y = scratch.take(TILE);
     vec* x = scratch.take(TILE);
     vec* gate = scratch.take(TILE);
-    vec* rates = scratch.take(p.states);
-    float* B = reinterpret_cast<float*>(scratch.take(ceil_div(TILE * p.states, WIDTH) + 1));
-    float* C = reinterpret_cast<float*>(scratch.take(ceil_div(TILE * p.states, WIDTH) + 1));
-    int64_t rank = p.directions[0].rank;
-    if (p.num_directions == 2 && p.directions[1].rank > rank) rank = p.directions[1].rank;
-    float* dt_r = reinterpret_cast<float*>(scratch.take(ceil_div(TILE * rank, WIDTH) + 1));
+    vec* rates = scratch.take(states);
+    float* B = reinterpret_cast<float*>(scratch.take(TILE * states / WIDTH));
+    float* C = reinterpret_cast<float*>(scratch.take(TILE * states / WIDTH));
+    float* dt_r = reinterpret_cast<float*>(scratch.take(TILE * widest_rank(p) / WIDTH));
     vec* sums = keeps_sums(p) ? scratch.take(p.length * blocks) : nullptr;
 
     const int64_t tiles = ceil_div(p.length, TILE);
@@ -270,7 +295,7 @@ void forward_task(const ScanProblem& p, const Weights* weights, int64_t padded, 
         const bool is_last = i + 1 == p.num_directions;
         for (int64_t k = 0; k < blocks; ++k) {
             const int64_t channel = (group.first_block + k) * WIDTH;
-            load_states(d.initial_state, b, p, channel, min_of(WIDTH, p.channels - channel), h + k * p.states);
+            load_states(d.initial_state, b, p, channel, min_of(WIDTH, p.channels - channel), h + k * states);
         }
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t first = tile * TILE;
@@ -281,7 +306,7 @@ void forward_task(const ScanProblem& p, const Weights* weights, int64_t padded, 
             for (int64_t k = 0; k < blocks; ++k) {
                 const int64_t channel = (group.first_block + k) * WIDTH;
                 const int lanes = min_of(WIDTH, p.channels - channel);
-                vec* state = h + k * p.states;
+                vec* state = h + k * states;
                 if (d.checkpoints) {
                     float* kept = d.checkpoints + (b * tiles + tile) * p.states * p.channels + channel;
                     for (int64_t n = 0; n < p.states; ++n) store_lanes(kept + n * p.channels, state[n], lanes);
@@ -294,17 +319,25 @@ void forward_task(const ScanProblem& p, const Weights* weights, int64_t padded, 
                     drive[t] = steps[t] * x[t];
                     y[t] = direct * x[t];
                 }
-                for (int64_t n = 0; n < p.states; ++n) rates[n] = load(weights[i].A + n * padded + channel);
-                int64_t n = 0;
-                for (; n + 4 <= p.states; n += 4)
-                    scan_states<4>(count, steps, drive, B + n, C + n, p.states, rates + n, state + n, y);
-                for (; n < p.states; ++n)
-                    scan_states<1>(count, steps, drive, B + n, C + n, p.states, rates + n, state + n, y);
+                for (int64_t n = 0; n < states; ++n) rates[n] = load(weights[i].A + n * padded + channel);
+                Ahead ahead;
+                const int64_t next_first = k + 1 < blocks ? first : first + TILE;
+                if (next_first + TILE <= p.length) {
+                    const int64_t next = (k + 1 < blocks ? channel : group.first_block * WIDTH - WIDTH) + WIDTH;
+                    ahead.add(p, d, d.x, b, next_first, next);
+                    ahead.add(p, d, d.dt, b, next_first, next);
+                    ahead.add(p, d, p.y, b, next_first, next);
+                    if (is_last) ahead.add(p, d, p.z, b, next_first, next);
+                }
+                for (int64_t n = 0; n < states; n += 4) {
+                    scan_states(count, steps, drive, B + n, C + n, states, rates + n, state + n, y, ahead);
+                    ahead.count = 0;
+                }
                 if (!is_last) {
                     if (sums)
                         for (int t = 0; t < count; ++t) sums[token_of(d, first + t, p.length) * blocks + k] = y[t];
                     else
-                        store_block(p, d, p.y, b, first, count, channel, lanes, y);
+                        store_block<float16>(p, d, p.y, b, first, count, channel, lanes, y);
                     continue;
                 }
                 if (i == 1) {
@@ -318,32 +351,41 @@ void forward_task(const ScanProblem& p, const Weights* weights, int64_t padded, 
                 } else {
                     for (int t = 0; t < count; ++t) y[t] *= p.scale;
                 }
-                store_block(p, d, p.y, b, first, count, channel, lanes, y);
+                store_block<float16>(p, d, p.y, b, first, count, channel, lanes, y);
             }
         }
         for (int64_t k = 0; k < blocks; ++k) {
             const int64_t channel = (group.first_block + k) * WIDTH;
-            store_states(d.last_state, b, p, channel, min_of(WIDTH, p.channels - channel), h + k * p.states);
+            store_states(d.last_state, b, p, channel, min_of(WIDTH, p.channels - channel), h + k * states);
         }
     }
 }
 
 int64_t forward_scratch(const ScanProblem& p, int64_t blocks) {
-    int64_t rank = p.directions[0].rank + p.directions[1].rank;
-    int64_t vectors = blocks * p.states + 5 * TILE + p.states + 2 * TILE * p.states + TILE * rank + 8;
+    const int64_t states = fours(p.states);
+    int64_t vectors = (blocks + 1) * states + 5 * TILE + TILE * (2 * states + widest_rank(p)) / WIDTH;
     if (keeps_sums(p)) vectors += p.length * blocks;
     return vectors * WIDTH;
 }
 
 // Per-sample sums of the parameters' gradients: (channels padded) rows of A's states, dt_weight's ranks, D, dt_bias.
-int64_t parameter_rows(const ScanProblem& p, const ScanDirection& d) { return p.states + d.rank + 2; }
+int64_t parameter_rows(const ScanProblem& p, const ScanDirection& d) { return fours(p.states) + fours(d.rank) + 2; }
+
+// The sums over lanes of `columns` folded columns.
+void unfold_row(const vec* folded, int64_t columns, float* row) {
+    for (int64_t c = 0; c < columns; c += 4) {
+        const quad sums = unfold_lanes(folded[c / 4]);
+        std::memcpy(row + c, &sums, min_of(4, columns - c) * sizeof(float));
+    }
+}
 
 // dprojected_part is (length, rank + 2 states) of this task; parameters is this sample's sums of the direction.
 void backward_task(const ScanProblem& p, const ScanDirection& d, const Weights& w, int64_t padded, int64_t b,
                    Group group, bool first_direction, bool last_direction, vec* dz_sums, float* parameters,
                    float* dprojected_part, Scratch& scratch) {
     const int64_t blocks = group.last_block - group.first_block, columns = d.rank + 2 * p.states;
-    vec* lam = scratch.take(blocks * p.states);
+    const int64_t states = fours(p.states), rank = fours(d.rank), folds = (rank + 2 * states) / 4;
+    vec* lam = scratch.take(blocks * states);
     vec* steps = scratch.take(TILE);
     vec* slopes = scratch.take(TILE);
     vec* drive = scratch.take(TILE);
@@ -351,25 +393,25 @@ void backward_task(const ScanProblem& p, const ScanDirection& d, const Weights& 
     vec* y = scratch.take(TILE);
     vec* dscan = scratch.take(TILE);
     vec* dgate = scratch.take(TILE);
-    vec* rates = scratch.take(p.states);
-    vec* h = scratch.take(p.states);
-    vec* dA = scratch.take(p.states);
-    vec* lanes_apart = scratch.take(TILE * columns);
+    vec* rates = scratch.take(states);
+    vec* h = scratch.take(states);
+    vec* dA = scratch.take(states);
+    vec* folded = scratch.take(TILE * folds);
+    vec* ddt_r = folded;
     TileGradients g;
+    g.dB = folded + TILE * rank / 4;
+    g.dC = g.dB + TILE * states / 4;
     g.ddt = scratch.take(TILE);
     g.dinput = scratch.take(TILE);
-    vec* ddt_r = lanes_apart;
-    g.dB = lanes_apart + TILE * d.rank;
-    g.dC = g.dB + TILE * p.states;
     g.decays = scratch.take(TILE * 4);
     g.states = scratch.take((TILE + 1) * 4);
-    float* B = reinterpret_cast<float*>(scratch.take(ceil_div(TILE * p.states, WIDTH) + 1));
-    float* C = reinterpret_cast<float*>(scratch.take(ceil_div(TILE * p.states, WIDTH) + 1));
-    float* dt_r = reinterpret_cast<float*>(scratch.take(ceil_div(TILE * d.rank, WIDTH) + 1));
+    float* B = reinterpret_cast<float*>(scratch.take(TILE * states / WIDTH));
+    float* C = reinterpret_cast<float*>(scratch.take(TILE * states / WIDTH));
+    float* dt_r = reinterpret_cast<float*>(scratch.take(TILE * rank / WIDTH));
 
     for (int64_t k = 0; k < blocks; ++k) {
         const int64_t channel = (group.first_block + k) * WIDTH;
-        load_states(d.dlast_state, b, p, channel, min_of(WIDTH, p.channels - channel), lam + k * p.states);
+        load_states(d.dlast_state, b, p, channel, min_of(WIDTH, p.channels - channel), lam + k * states);
     }
     const int64_t tiles = ceil_div(p.length, TILE);
     for (int64_t tile = tiles - 1; tile >= 0; --tile) {
@@ -378,13 +420,13 @@ void backward_task(const ScanProblem& p, const ScanDirection& d, const Weights& 
         load_rows(p, d, d.B, b, first, count, p.states, B);
         load_rows(p, d, d.C, b, first, count, p.states, C);
         if (!d.dt.data) load_rows(p, d, d.dt_r, b, first, count, d.rank, dt_r);
-        std::memset(lanes_apart, 0, TILE * columns * sizeof(vec));
+        std::memset(static_cast<void*>(folded), 0, TILE * folds * sizeof(vec));
         for (int64_t k = 0; k < blocks; ++k) {
             const int64_t channel = (group.first_block + k) * WIDTH;
             const int lanes = min_of(WIDTH, p.channels - channel);
             const float* kept = d.checkpoints + (b * tiles + tile) * p.states * p.channels + channel;
-            for (int64_t n = 0; n < p.states; ++n) {
-                h[n] = load_lanes(kept + n * p.channels, lanes);
+            for (int64_t n = 0; n < states; ++n) {
+                h[n] = n < p.states ? load_lanes(kept + n * p.channels, lanes) : vec{};
                 rates[n] = load(w.A + n * padded + channel);
                 dA[n] = load(parameters + n * padded + channel);
             }
@@ -410,17 +452,25 @@ void backward_task(const ScanProblem& p, const ScanDirection& d, const Weights& 
                     dscan[t] *= gate * sigmoid;
                 }
             }
-            int64_t n = 0;
-            for (; n + 2 <= p.states; n += 2)
-                scan_states_backward<2>(count, steps, drive, dscan, B, C, p.states, n, rates + n, h + n,
-                                        lam + k * p.states + n, dA + n, y, g);
-            for (; n < p.states; ++n)
-                scan_states_backward<1>(count, steps, drive, dscan, B, C, p.states, n, rates + n, h + n,
-                                        lam + k * p.states + n, dA + n, y, g);
-            for (n = 0; n < p.states; ++n) store(parameters + n * padded + channel, dA[n]);
+            Ahead ahead;
+            const int64_t next_first = k + 1 < blocks ? first : first - TILE;
+            if (next_first >= 0 && next_first + TILE <= p.length) {
+                const int64_t next = (k + 1 < blocks ? channel : group.first_block * WIDTH - WIDTH) + WIDTH;
+                ahead.add(p, d, d.x, b, next_first, next);
+                ahead.add(p, d, d.dt, b, next_first, next);
+                ahead.add(p, d, p.y, b, next_first, next);
+                ahead.add(p, d, p.z, b, next_first, next);
+                ahead.add(p, d, d.dx, b, next_first, next);
+            }
+            for (int64_t n = 0; n < states; n += 4) {
+                scan_states_backward(count, steps, drive, dscan, B + n, C + n, states, rates + n, h + n,
+                                     lam + k * states + n, dA + n, y, g.dB + n / 4, g.dC + n / 4, g, ahead);
+                ahead.count = 0;
+            }
+            for (int64_t n = 0; n < states; ++n) store(parameters + n * padded + channel, dA[n]);
 
-            float* ddt_weight = parameters + p.states * padded + channel;
-            float* dD = ddt_weight + d.rank * padded;
+            float* ddt_weight = parameters + states * padded + channel;
+            float* dD = ddt_weight + rank * padded;
             float* ddt_bias = dD + padded;
             vec dD_sum = load(dD), ddt_bias_sum = load(ddt_bias);
             for (int t = 0; t < count; ++t) {
@@ -437,14 +487,21 @@ void backward_task(const ScanProblem& p, const ScanDirection& d, const Weights& 
             if (d.dt.data) {
                 store_block(p, d, d.ddt, b, first, count, channel, lanes, g.ddt);
             } else {
-                for (int64_t r = 0; r < d.rank; ++r) {
-                    const vec weight = load(w.dt_weight + r * padded + channel);
-                    vec sum = load(ddt_weight + r * padded);
-                    for (int t = 0; t < count; ++t) {
-                        sum += g.ddt[t] * dt_r[t * d.rank + r];
-                        ddt_r[t * d.rank + r] += g.ddt[t] * weight;
+                for (int64_t r = 0; r < rank; r += 4) {
+                    vec weight[4], sum[4];
+                    for (int q = 0; q < 4; ++q) {
+                        weight[q] = load(w.dt_weight + (r + q) * padded + channel);
+                        sum[q] = load(ddt_weight + (r + q) * padded);
                     }
-                    store(ddt_weight + r * padded, sum);
+                    for (int t = 0; t < count; ++t) {
+                        vec share[4];
+                        for (int q = 0; q < 4; ++q) {
+                            sum[q] += g.ddt[t] * dt_r[t * rank + r + q];
+                            share[q] = g.ddt[t] * weight[q];
+                        }
+                        ddt_r[(t * rank + r) / 4] += fold_lanes(share);
+                    }
+                    for (int q = 0; q < 4; ++q) store(ddt_weight + (r + q) * padded, sum[q]);
                 }
             }
             if (p.z.data) {
@@ -459,43 +516,39 @@ void backward_task(const ScanProblem& p, const ScanDirection& d, const Weights& 
         }
         for (int t = 0; t < count; ++t) {
             float* row = dprojected_part + token_of(d, first + t, p.length) * columns;
-            for (int64_t r = 0; r < d.rank; ++r) row[r] = sum_lanes(ddt_r[t * d.rank + r]);
-            for (int64_t n = 0; n < p.states; ++n) {
-                row[d.rank + n] = sum_lanes(g.dB[t * p.states + n]);
-                row[d.rank + p.states + n] = sum_lanes(g.dC[t * p.states + n]);
-            }
+            unfold_row(ddt_r + t * rank / 4, d.rank, row);
+            unfold_row(g.dB + t * states / 4, p.states, row + d.rank);
+            unfold_row(g.dC + t * states / 4, p.states, row + d.rank + p.states);
         }
     }
     if (d.dinitial_state)
         for (int64_t k = 0; k < blocks; ++k) {
             const int64_t channel = (group.first_block + k) * WIDTH;
-            store_states(d.dinitial_state, b, p, channel, min_of(WIDTH, p.channels - channel), lam + k * p.states);
+            store_states(d.dinitial_state, b, p, channel, min_of(WIDTH, p.channels - channel), lam + k * states);
         }
 }
 
 int64_t backward_scratch(const ScanProblem& p, int64_t blocks) {
-    int64_t rank = p.directions[0].rank > p.directions[1].rank ? p.directions[0].rank : p.directions[1].rank;
-    int64_t vectors = blocks * p.states + 9 * TILE + 3 * p.states + TILE * (rank + 2 * p.states);
-    vectors += (2 * TILE + 1) * 4 + 2 * TILE * p.states + TILE * rank + 8;
+    const int64_t states = fours(p.states), rank = widest_rank(p);
+    int64_t vectors = (blocks + 3) * states + 9 * TILE + TILE * (rank + 2 * states) / 4 + (2 * TILE + 1) * 4;
+    vectors += TILE * (rank + 2 * states) / WIDTH;
     return vectors * WIDTH;
 }
 
 // Adds the samples' sums of the parameters' gradients in order and writes them as the caller wants them.
 void finish_parameters(const ScanProblem& p, const ScanDirection& d, int64_t padded, const float* sums) {
-    const int64_t rows = parameter_rows(p, d);
-    for (int64_t c = 0; c < p.channels; ++c)
-        for (int64_t row = 0; row < rows; ++row) {
-            float total = 0;
-            for (int64_t b = 0; b < p.batch; ++b) total += sums[(b * rows + row) * padded + c];
-            if (row < p.states)
-                d.dA[c * p.states + row] = total;
-            else if (row < p.states + d.rank)
-                d.ddt_weight[c * d.rank + row - p.states] = total;
-            else if (row == p.states + d.rank && d.dD)
-                d.dD[c] = total;
-            else if (row == p.states + d.rank + 1 && d.ddt_bias)
-                d.ddt_bias[c] = total;
-        }
+    const int64_t rows = parameter_rows(p, d), first_rank = fours(p.states), row_of_D = rows - 2;
+    const auto total = [&](int64_t row, int64_t c) {
+        float sum = 0;
+        for (int64_t b = 0; b < p.batch; ++b) sum += sums[(b * rows + row) * padded + c];
+        return sum;
+    };
+    for (int64_t c = 0; c < p.channels; ++c) {
+        for (int64_t n = 0; n < p.states; ++n) d.dA[c * p.states + n] = total(n, c);
+        for (int64_t r = 0; r < d.rank; ++r) d.ddt_weight[c * d.rank + r] = total(first_rank + r, c);
+        if (d.dD) d.dD[c] = total(row_of_D, c);
+        if (d.ddt_bias) d.ddt_bias[c] = total(row_of_D + 1, c);
+    }
 }
 
 }  // namespace

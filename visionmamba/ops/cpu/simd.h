@@ -7,17 +7,24 @@
 #include <cstring>
 #include <type_traits>
 
+// SHUFFLE(a, b, i, j, k, l) makes each four lanes of the result from lanes i, j of a's four and k, l of b's.
 #if defined(__AVX512F__)
 #include <immintrin.h>
 constexpr int WIDTH = 16;
+#define SHUFFLE(a, b, i, j, k, l)                                                                    \
+    __builtin_shufflevector(a, b, i, j, k + 16, l + 16, i + 4, j + 4, k + 20, l + 20, i + 8, j + 8, \
+                            k + 24, l + 24, i + 12, j + 12, k + 28, l + 28)
 #elif defined(__AVX__)
 #include <immintrin.h>
 constexpr int WIDTH = 8;
+#define SHUFFLE(a, b, i, j, k, l) \
+    __builtin_shufflevector(a, b, i, j, k + 8, l + 8, i + 4, j + 4, k + 12, l + 12)
 #else
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
 constexpr int WIDTH = 4;
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k + 4, l + 4)
 #endif
 
 typedef float vec __attribute__((vector_size(WIDTH * 4)));
@@ -30,6 +37,10 @@ struct bfloat16 {
     uint16_t bits;
 };
 struct float16 {
+    uint16_t bits;
+};
+// Gradients overflow to infinity, which is how loss scaling notices; everything else stops at float16's largest.
+struct float16_gradient {
     uint16_t bits;
 };
 
@@ -61,6 +72,24 @@ inline vec select(ivec mask, vec yes, vec no) {
 inline float sum_lanes(vec value) {
     float total = 0;
     for (int lane = 0; lane < WIDTH; ++lane) total += value[lane];
+    return total;
+}
+
+typedef float quad __attribute__((vector_size(16)));
+
+// Sums of neighbouring lanes: lane i of the result holds a part of the sum over the lanes of vectors[i % 4].
+inline vec fold_lanes(const vec vectors[4]) {
+    const vec ab = SHUFFLE(vectors[0], vectors[1], 0, 1, 0, 1) + SHUFFLE(vectors[0], vectors[1], 2, 3, 2, 3);
+    const vec cd = SHUFFLE(vectors[2], vectors[3], 0, 1, 0, 1) + SHUFFLE(vectors[2], vectors[3], 2, 3, 2, 3);
+    return SHUFFLE(ab, cd, 0, 2, 0, 2) + SHUFFLE(ab, cd, 1, 3, 1, 3);
+}
+
+// The four sums whose parts fold_lanes left in a vector.
+inline quad unfold_lanes(vec folded) {
+    quad parts[WIDTH / 4];
+    std::memcpy(parts, &folded, sizeof parts);
+    quad total = parts[0];
+    for (int i = 1; i < WIDTH / 4; ++i) total += parts[i];
     return total;
 }
 
@@ -128,6 +157,8 @@ inline vec decode(hvec bits, float16) {
     return from_bits(value | ((wide & 0x8000) << 16));
 }
 
+inline vec decode(hvec bits, float16_gradient) { return decode(bits, float16{}); }
+
 inline hvec narrow(ivec bits) { return __builtin_convertvector(bits, hvec); }
 
 inline vec encode(vec value, float) { return value; }
@@ -137,7 +168,7 @@ inline hvec encode(vec value, bfloat16) {
     const ivec nan = (bits & 0x7fffffff) > 0x7f800000;
     return narrow((rounded & ~nan) | (nan & 0x7fc0));
 }
-inline hvec encode(vec value, float16) {
+inline hvec encode(vec value, float16_gradient) {
     const ivec bits = bits_of(value);
     const ivec magnitude = bits & 0x7fffffff;
     const ivec sign = (bits >> 16) & 0x8000;
@@ -151,6 +182,11 @@ inline hvec encode(vec value, float16) {
     result = (result & ~is_large) | (0x7c00 & is_large);
     result = (result & ~nan) | (0x7e00 & nan);
     return narrow(result | sign);
+}
+
+inline hvec encode(vec value, float16) {
+    value = select(value > 65504.0f, splat(65504.0f), value);
+    return encode(select(value < -65504.0f, splat(-65504.0f), value), float16_gradient{});
 }
 
 template <typename T>
@@ -209,11 +245,11 @@ inline float load_one(const float* ptr) {
 }
 
 // Call f with a null pointer of the element type that dtype names.
-template <typename F>
+template <typename Half = float16, typename F>
 inline void with_dtype(int32_t dtype, F&& f) {
     switch (dtype) {
         case BFLOAT16: return f(static_cast<bfloat16*>(nullptr));
-        case FLOAT16: return f(static_cast<float16*>(nullptr));
+        case FLOAT16: return f(static_cast<Half*>(nullptr));
         default: return f(static_cast<float*>(nullptr));
     }
 }

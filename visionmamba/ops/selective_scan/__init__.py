@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visionmamba.ops._checks import (
+    as_stored,
     check_dtypes_and_devices,
     check_ndim,
     check_shape,
@@ -98,7 +99,7 @@ def selective_scan(
         return_state: return the last state too.
 
     Returns:
-        y (B, L, d_inner) in x's dtype; with return_state also the last state (B, d_inner, N) float32. Gradients flow
+        y (B, L, d_inner) in x's dtype (float16 stops at 65504 instead of infinity); with return_state also the last state (B, d_inner, N) float32. Gradients flow
         through both and to every tensor given. All tensors in float64 are computed in float64, by the PyTorch path.
 
     Raises:
@@ -154,7 +155,7 @@ def selective_scan(
         reverse,
         needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_state),
     )
-    y = y.to(dtype)
+    y = as_stored(y, dtype)
     return (y, last_state) if return_state else y
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionmamba.ops._checks import as_stored
+
 _SLICE_BYTES = 64 * 2**20
 
 
@@ -264,7 +266,7 @@ def selective_scan_chunked(
         )
         if z is not None:
             y = y * F.silu(z.to(dtype))
-        return y.to(x.dtype), last_state.clone(), checkpoints
+        return as_stored(y, x.dtype), last_state.clone(), checkpoints
 
 
 def selective_scan_backward_chunked(
