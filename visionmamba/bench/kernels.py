@@ -4,6 +4,7 @@ Backends take turns, and each is compared with the PyTorch path: no fast wrong a
 """
 
 import csv
+import functools
 import json
 import os
 import shlex
@@ -185,7 +186,7 @@ class Kernels:
             passes = {}
             for backend in taking_part:
                 with _forced(backend):
-                    outputs[backend] = case.forward(backend)
+                    outputs[backend] = case.forward(backend)[0]
                     passes[backend] = _passes_in_a_turn(case, direction, backend)
             seconds: dict[Backend, list[float]] = {backend: [] for backend in taking_part}
             for _ in range(self.repeats):
@@ -219,33 +220,45 @@ class _Case:
     op: str
     shape: str
     inputs: "tuple[torch.Tensor, ...]"
-    call: "Callable[..., torch.Tensor]"
+    call: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]"
     reference: "Callable[..., torch.Tensor] | None" = None
 
-    def forward(self, backend: Backend) -> "torch.Tensor":
+    @functools.cached_property
+    def output_gradients(self) -> "tuple[torch.Tensor, ...]":
+        """Ones for every output."""
+        import torch
+
+        return tuple(map(torch.ones_like, self.forward("torch")))
+
+    def forward(self, backend: Backend) -> "tuple[torch.Tensor, ...]":
         import torch
 
         call = self.reference if backend == "reference" and self.reference else self.call
         with torch.inference_mode():
-            return call(*self.inputs)
+            return _as_tuple(call(*self.inputs))
 
     def train(self) -> None:
         import torch
 
-        y = self.call(*self.inputs)
-        torch.autograd.grad(y, self.inputs, torch.ones_like(y))
+        torch.autograd.grad(_as_tuple(self.call(*self.inputs)), self.inputs, self.output_gradients)
 
     def num_bytes(self, direction: Pass) -> int:
         """Bytes of inputs and outputs; the backward reads the inputs again and writes as much."""
         inputs = sum(tensor.numel() * tensor.element_size() for tensor in self.inputs)
-        output = self.inputs[0].numel() * self.inputs[0].element_size()
-        return inputs + output if direction == "forward" else 3 * inputs + 2 * output
+        outputs = sum(t.numel() * t.element_size() for t in self.output_gradients)
+        return inputs + outputs if direction == "forward" else 3 * inputs + 2 * outputs
 
 
 def _cases(length: int, device: str) -> "Iterator[_Case]":
     import torch
 
-    from visionmamba.ops import bidirectional_scan, causal_conv1d, rms_norm, selective_scan
+    from visionmamba.ops import (
+        bidirectional_conv1d,
+        bidirectional_scan,
+        causal_conv1d,
+        rms_norm,
+        selective_scan,
+    )
     from visionmamba.ops.selective_scan.reference import selective_scan_reference
 
     generator = torch.Generator().manual_seed(0)
@@ -306,10 +319,22 @@ def _cases(length: int, device: str) -> "Iterator[_Case]":
         call=lambda x, weight, bias: causal_conv1d(x, weight, bias, activation="silu"),
     )
     yield _Case(
+        op="bidirectional_conv1d",
+        shape=f"(1, {length}, {_D_INNER}) {_D_CONV} taps, SiLU, both directions",
+        inputs=(
+            random(*tokens),
+            *(random(_D_INNER, _D_CONV) for _ in range(2)),
+            *(random(_D_INNER) for _ in range(2)),
+        ),
+        call=lambda x, *weights: bidirectional_conv1d(
+            x, weights[:2], weights[2:], activation="silu"
+        ),
+    )
+    yield _Case(
         op="rms_norm",
         shape=f"(1, {length}, {_D_MODEL}) with residual",
         inputs=(random(1, length, _D_MODEL), random(_D_MODEL), random(1, length, _D_MODEL)),
-        call=lambda x, weight, residual: rms_norm(x, weight, residual=residual)[0],
+        call=lambda x, weight, residual: rms_norm(x, weight, residual=residual),
     )
 
 
@@ -362,6 +387,10 @@ def _turn(case: _Case, direction: Pass, backend: Backend, passes: int) -> float:
             case.train()
     _synchronize(case)
     return (time.perf_counter() - begin) / passes
+
+
+def _as_tuple(outputs: "torch.Tensor | tuple[torch.Tensor, ...]") -> "tuple[torch.Tensor, ...]":
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _synchronize(case: _Case) -> None:

@@ -48,11 +48,11 @@ class Contender:
     """Rows of metrics.csv; missing cells left out."""
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Return epochs (from 1) and the mean of a metric over each epoch's rows."""
+        """Return epochs, from 1, and the mean of a metric over each epoch's rows."""
         values: dict[int, list[float]] = {}
         for row in self.metrics:
             if name in row:
-                values.setdefault(int(row["epoch"]) + 1, []).append(row[name])
+                values.setdefault(int(row["epoch"]), []).append(row[name])
         epochs = sorted(values)
         return [float(e) for e in epochs], [sum(values[e]) / len(values[e]) for e in epochs]
 
@@ -136,9 +136,9 @@ class Report:
         cards = [
             ("Vim's test accuracy", f"{self.vim.accuracy:.1%}", f"DeiT {self.deit.accuracy:.1%}"),
             (
-                "learned in",
+                "Vim learned in",
                 _duration(self.vim.seconds),
-                f"DeiT {_duration(self.deit.seconds)}; no GPU",
+                f"DeiT in {_duration(self.deit.seconds)}, no GPU",
             ),
         ]
         if speedup is not None:
@@ -175,10 +175,13 @@ class Report:
     def _mistakes_title(self) -> str:
         vim = sum(digit.vim != digit.truth for digit in self.digits)
         deit = sum(digit.deit != digit.truth for digit in self.digits)
-        return f"Every mistake: Vim made {vim}, DeiT made {deit}"
+        wrong = sum(not digit.is_right for digit in self.digits)
+        which = "Every mistake" if wrong <= _NUM_SHOWN_DIGITS else f"{_NUM_SHOWN_DIGITS} mistakes"
+        return f"{which}: of {len(self.digits)} digits Vim misread {vim}, DeiT {deit}"
 
     def _mistakes(self) -> str:
-        return "".join(_digit(digit) for digit in self.digits if not digit.is_right)
+        wrong = [digit for digit in self.digits if not digit.is_right]
+        return "".join(map(_digit, wrong[:_NUM_SHOWN_DIGITS]))
 
     def _memory_sentence(self, side: int) -> str:
         ratio = self.efficiency.memory_ratio(side)
@@ -241,12 +244,15 @@ class Report:
         return buffer.getvalue()
 
     def _draw(self, axes: "Axes", theme: Theme, metric: str, *, scale: float) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         palette = PALETTES[theme]
         for model, color, line in ((self.vim, palette.vim, "-"), (self.deit, palette.deit, "--")):
             epochs, values = model.curve(metric)
             scaled = [value * scale for value in values]
             axes.plot(epochs, scaled, line, color=color, linewidth=2.2, label=model.name)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _digit(digit: Digit) -> str:
@@ -257,11 +263,12 @@ def _digit(digit: Digit) -> str:
         else f'<span class="wrong">{name} {_text(answer)} ✗</span>'
         for name, answer in (("Vim", digit.vim), ("DeiT", digit.deit))
     )
+    truth = "" if digit.is_right else f"<b>is {_text(digit.truth)}</b>"
     alternative = f"handwritten {_text(digit.truth)}"
     return (
         f'<figure class="{"digit" if digit.is_right else "digit missed"}">'
         f'<img src="{_data_uri(_png(digit.picture))}" alt="{alternative}" width="64" height="64">'
-        f"<figcaption>{answers}</figcaption></figure>"
+        f"<figcaption>{truth}{answers}</figcaption></figure>"
     )
 
 

@@ -20,7 +20,7 @@ from visionmamba.demo.report import Contender, Digit, Report
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from visionmamba.data import ImageSet
+    from visionmamba.data import ImageSet, ImageSplits
     from visionmamba.recipes import Recipe
     from visionmamba.training import FitResult
 
@@ -56,6 +56,7 @@ class Demo:
 
         Raises:
             ImportError: the [train] extra is not installed.
+            ValueError: `out` holds runs with other options, and `fresh` is not set.
         """
         from rich.console import Console
 
@@ -68,13 +69,14 @@ class Demo:
                 shutil.rmtree(self.out / name, ignore_errors=True)
         results = {model: self._train(model, console) for model in _MODELS}
         console.rule("classifying the test digits")
-        test = Digits().build().val
+        splits = Digits().build()
+        test = splits.val
         answers = {model: self._classify(model, test, console) for model in _MODELS}
         console.rule("measuring Vim-Ti and DeiT-Ti on this machine")
         efficiency = self._measure(console)
         report = Report(
-            vim=self._contender("vim", results["vim"], answers["vim"], test),
-            deit=self._contender("deit", results["deit"], answers["deit"], test),
+            vim=self._contender("vim", results["vim"], answers["vim"], splits),
+            deit=self._contender("deit", results["deit"], answers["deit"], splits),
             digits=_digits(test, answers["vim"].labels, answers["deit"].labels),
             efficiency=efficiency,
             machine=describe_machine("cpu", command=self.command),
@@ -112,7 +114,10 @@ class Demo:
         folder = self.out / model
         recipe = self._recipe(model)
         console.rule(f"training {_NAMES[model]} ({recipe.name})")
-        result = fit(recipe, folder, device="cpu", command=self._train_command(model))
+        try:
+            result = fit(recipe, folder, device="cpu", command=self._train_command(model))
+        except ValueError as error:  # a run of another recipe is in the folder
+            raise ValueError(f"{error}; --fresh trains anew") from error
         if result.was_finished:
             console.print(f"{folder} is finished already and taken as it is; --fresh trains anew")
         return result
@@ -134,12 +139,10 @@ class Demo:
         return _Answers(labels, right / len(pictures), len(pictures) / seconds)
 
     def _contender(
-        self, model: ModelName, result: "FitResult", answers: "_Answers", test: "ImageSet"
+        self, model: ModelName, result: "FitResult", answers: "_Answers", splits: "ImageSplits"
     ) -> Contender:
         from visionmamba.training import read_metrics
 
-        folder = self.out / model
-        record = json.loads((folder / "results.json").read_text())
         return Contender(
             name=_NAMES[model],
             command=self._train_command(model),
@@ -149,9 +152,9 @@ class Demo:
             seconds=result.seconds,
             train_images_per_second=result.images_per_second,
             predict_images_per_second=answers.images_per_second,
-            num_train_images=record["train_images"],
-            num_test_images=len(test),
-            metrics=tuple(read_metrics(folder / "metrics.csv")),
+            num_train_images=len(splits.train),
+            num_test_images=len(splits.val),
+            metrics=tuple(read_metrics(self.out / model / "metrics.csv")),
         )
 
     def _efficiency(self, image: Path | None) -> Efficiency:
