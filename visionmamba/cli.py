@@ -3,7 +3,9 @@
 Heavy packages are imported inside the commands, so that help appears at once.
 """
 
+import contextlib
 import difflib
+import io
 import json
 import os
 import platform
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -288,16 +291,23 @@ def _bench(given: list[str]) -> int:
 def _parse(
     kind: type[Parsed], given: Sequence[str], *, prog: str, default: Parsed | None = None
 ) -> Parsed:
-    """Returns the options; an unknown one raises ValueError that names the valid ones."""
+    """Returns the options; ValueError says in a sentence what is wrong with them."""
     parsed: Parsed
-    parsed, unknown = tyro.cli(
-        kind,
-        args=list(given),
-        prog=prog,
-        default=tyro.MISSING_NONPROP if default is None else default,
-        return_unknown_args=True,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    boxes = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxes):
+            parsed, unknown = tyro.cli(
+                kind,
+                args=list(given),
+                prog=prog,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as exit_request:
+        if not exit_request.code:
+            raise
+        raise ValueError(f"{_first_sentence(boxes.getvalue())}; see {prog} --help") from None
     if unknown:
         valid = [f"--{name}" for name in _option_names(parsed)]
         raise ValueError(
@@ -305,6 +315,17 @@ def _parse(
             f"valid options: {', '.join(valid)}"
         )
     return parsed
+
+
+def _first_sentence(box: str) -> str:
+    """Returns the text of a message that tyro drew as a box, without its title and what follows."""
+    lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()][1:]
+    parts = [list(part) for is_text, part in groupby(lines, _is_text) if is_text]
+    return " ".join(" ".join(parts[0]).split()).rstrip(".") if parts else box.strip()
+
+
+def _is_text(line: str) -> bool:
+    return bool(line.strip("─-"))
 
 
 def _option_names(parsed: object, prefix: str = "") -> list[str]:

@@ -71,11 +71,8 @@ class Engine(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        clip_norm = self._experiment.optimizer.clip_norm
         parameters = [p for p in self._task.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(
-            parameters, float("inf") if clip_norm is None else clip_norm
-        )
+        norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
         if not torch.isfinite(norm):
             name = next(
                 name
@@ -85,6 +82,9 @@ class Engine(lightning.LightningModule):
             raise NonFiniteError(
                 f"{self._where()} the gradient is not finite, first in {name}; {_REMEDY}"
             )
+        clip_norm = self._experiment.optimizer.clip_norm
+        if clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         self._step_values["gradient_norm"] = norm
         self._step_values["lr"] = optimizer.param_groups[0]["lr"]
 

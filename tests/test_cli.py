@@ -1,0 +1,314 @@
+"""The command: what it prints, what it writes, and how a user's mistakes end."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.data.test_image_files import png_that_claims
+from visionmamba.cli import main
+from visionmamba.data import Preprocessing
+from visionmamba.models import VimConfig, save
+
+Output = pytest.CaptureFixture[str]
+
+HELP_SECONDS = 2.0  # without torch; importing it alone takes longer
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    config = VimConfig(image_size=16, patch_size=8, d_model=16, depth=1, num_classes=2)
+    preprocessing = Preprocessing(image_size=16).to_dict()
+    save(config.build(), path, class_names=("cat", "dog"), preprocessing=preprocessing)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def complaint(output: Output) -> str:
+    """Returns the sentence on stderr, which must be one line without a traceback."""
+    lines = output.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("visionmamba: ")
+    return lines[0].removeprefix("visionmamba: ")
+
+
+def small_run(out: Path) -> list[str]:
+    return [
+        *("train", "digits_vim", "--out", str(out), "--epochs", "1", "--batch-size", "512"),
+        *("--model.d-model", "16", "--model.depth", "1", "--quiet"),
+    ]
+
+
+def test_help_appears_at_once_and_names_every_command() -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "visionmamba", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.monotonic() - started < 10 * HELP_SECONDS
+    assert " torch\n" not in done.stderr
+    for command in ("train", "eval", "predict", "info", "demo", "bench"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_version(capsys: Output) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("visionmamba ")
+
+
+def test_train_lists_the_recipes(capsys: Output) -> None:
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("digits_vim", "digits_deit", "folder_vim", "folder_deit"):
+        assert f"\n  {name} " in printed
+
+
+def test_train_then_eval_then_predict(tmp_path: Path, capsys: Output) -> None:
+    out = tmp_path / "run"
+    assert main(small_run(out)) == 0
+    assert "val_accuracy" in capsys.readouterr().out
+    assert main(["eval", str(out / "last.safetensors"), "digits", "--out", str(tmp_path)]) == 0
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    results = json.loads((out / "results.json").read_text())
+    assert evaluation["accuracy"] == pytest.approx(results["metrics"]["val_accuracy"])
+    assert "top-1 " in capsys.readouterr().out
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    assert main(["predict", str(out / "last.safetensors"), str(tmp_path / "digit.png")]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'digit.png'}: ")
+
+
+def test_finished_run_says_so(tmp_path: Path, capsys: Output) -> None:
+    assert main(small_run(tmp_path / "run")) == 0
+    capsys.readouterr()
+    assert main(small_run(tmp_path / "run")) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'run'} is finished (val_loss ")
+
+
+def test_predict_json_holds_every_picture_of_a_folder(
+    weights: Path, pictures: Path, capsys: Output
+) -> None:
+    folder = pictures / "cat"
+    assert main(["predict", str(weights), str(folder), "--json", "--top-k", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [Path(one["file"]).name for one in found] == ["0.png", "1.png", "2.png"]
+    assert all(len(one["labels"]) == 1 for one in found)
+
+
+def test_predict_saves_files_of_equal_names_apart(
+    weights: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = [str(pictures / name / "0.png") for name in ("cat", "dog")]
+    assert main(["predict", str(weights), *given, "--out", str(out)]) == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["0.json", "0.png", "0_2.json", "0_2.png"]
+
+
+def test_predict_skips_and_reports_when_asked(
+    weights: Path, pictures: Path, capsys: Output
+) -> None:
+    (pictures / "cat" / "1.png").write_text("buy milk")
+    folder = str(pictures / "cat")
+    assert main(["predict", str(weights), folder, "--json", "--on-unreadable", "skip"]) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == 2
+    assert "left out: " in printed.err
+    assert "1.png is not an image" in printed.err
+
+
+def test_eval_reports_each_class(weights: Path, pictures: Path, capsys: Output) -> None:
+    assert main(["eval", str(weights), str(pictures), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("of 6 images")
+    assert [line.split()[0] for line in lines[1:]] == ["cat", "dog"]
+
+
+def test_info_names_versions_devices_and_backends(capsys: Output) -> None:
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "threads" in facts["devices"]["cpu"]
+    assert "selective_scan on cpu" in facts["backends"]
+
+
+# The wrong inputs: one sentence each, exit code 2 (1 when memory ran out), nothing half-written.
+
+
+def test_misspelt_command_names_the_valid_ones(capsys: Output) -> None:
+    assert main(["trian"]) == 2
+    assert complaint(capsys) == (
+        "there is no command trian, did you mean train?; "
+        "valid commands: train, eval, predict, info, demo, bench"
+    )
+
+
+def test_misspelt_recipe_names_the_valid_ones(capsys: Output) -> None:
+    assert main(["train", "digit_vim", "--out", "x"]) == 2
+    assert complaint(capsys) == (
+        "there is no recipe digit_vim, did you mean digits_vim?; "
+        "valid recipes: digits_vim, digits_deit, folder_vim, folder_deit"
+    )
+
+
+def test_misspelt_option_names_the_valid_ones(tmp_path: Path, capsys: Output) -> None:
+    assert main([*small_run(tmp_path / "run"), "--optimizer.lrate", "1"]) == 2
+    sentence = complaint(capsys)
+    assert (
+        "does not know --optimizer.lrate, did you mean --optimizer.lr?; valid options: " in sentence
+    )
+    assert "--model.d-state, " in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_short_name_of_a_nested_option_is_recognised(tmp_path: Path, capsys: Output) -> None:
+    assert main([*small_run(tmp_path / "run"), "--lr", "1"]) == 2
+    assert "does not know --lr, did you mean --optimizer.lr?" in complaint(capsys)
+
+
+def test_value_of_a_wrong_type_is_refused(capsys: Output) -> None:
+    assert main(["train", "digits_vim", "--out", "x", "--epochs", "many"]) == 2
+    assert complaint(capsys) == (
+        "Error parsing --epochs: invalid literal for int() with base 10: 'many'; "
+        "see visionmamba train digits_vim --help"
+    )
+
+
+def test_unknown_choice_names_the_valid_ones(capsys: Output) -> None:
+    assert main(["train", "digits_vim", "--out", "x", "--model.readout", "tail"]) == 2
+    assert complaint(capsys).startswith(
+        "invalid choice 'tail' for argument '--model.readout'. Expected one of "
+        "('middle', 'head', 'double', 'mean', 'max', 'last')"
+    )
+
+
+def test_missing_required_option_is_named(capsys: Output) -> None:
+    assert main(["train", "digits_vim"]) == 2
+    assert "--out PATH" in complaint(capsys)
+
+
+def test_value_out_of_range_is_refused(tmp_path: Path, capsys: Output) -> None:
+    assert main([*small_run(tmp_path / "run"), "--optimizer.lr", "-1"]) == 2
+    assert "lr must be positive, got -1.0" in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_weights_are_named(tmp_path: Path, capsys: Output) -> None:
+    assert main(["predict", str(tmp_path / "none.safetensors"), "x.jpg"]) == 2
+    assert complaint(capsys).startswith(f"weights file {tmp_path / 'none.safetensors'} is missing")
+
+
+def test_missing_image_is_named(weights: Path, tmp_path: Path, capsys: Output) -> None:
+    assert main(["predict", str(weights), str(tmp_path / "none.jpg")]) == 2
+    assert complaint(capsys) == f"there is no image {tmp_path / 'none.jpg'}; check the path"
+
+
+def test_truncated_weights_are_refused(weights: Path, capsys: Output) -> None:
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["predict", str(weights), "x.jpg"]) == 2
+    assert f"{weights} is not a whole safetensors file" in complaint(capsys)
+
+
+def test_newer_weights_are_refused(weights: Path, capsys: Output) -> None:
+    with safe_open(weights, framework="pt") as file:
+        header = json.loads(file.metadata()["visionmamba"])
+    header["format_version"] = 99
+    metadata = {"visionmamba": json.dumps(header)}
+    save_file({"x": torch.zeros(1)}, weights, metadata=metadata)
+    assert main(["predict", str(weights), "x.jpg"]) == 2
+    sentence = complaint(capsys)
+    assert "has weights format 99" in sentence
+    assert "pip install --upgrade visionmamba" in sentence
+
+
+def test_text_file_named_jpg_is_refused(weights: Path, tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "note.jpg").write_text("buy milk")
+    out = tmp_path / "out"
+    assert main(["predict", str(weights), str(tmp_path / "note.jpg"), "--out", str(out)]) == 2
+    assert "note.jpg is not an image in any known format" in complaint(capsys)
+    assert not out.exists()
+
+
+def test_decompression_bomb_is_refused(weights: Path, tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_that_claims(100_000, 100_000))
+    assert main(["predict", str(weights), str(tmp_path / "bomb.png")]) == 2
+    assert "would decompress to 100000x100000 = 10000000000 pixels" in complaint(capsys)
+
+
+def test_empty_class_folder_is_named(weights: Path, pictures: Path, capsys: Output) -> None:
+    (pictures / "eel").mkdir()
+    assert main(["eval", str(weights), str(pictures)]) == 2
+    assert f"class folder {pictures / 'eel'} holds no images" in complaint(capsys)
+
+
+def test_folder_without_images_is_named(weights: Path, pictures: Path, capsys: Output) -> None:
+    assert main(["predict", str(weights), str(pictures)]) == 2
+    assert complaint(capsys).startswith(f"folder {pictures} holds no images")
+
+
+def test_absent_device_is_refused(weights: Path, pictures: Path, capsys: Output) -> None:
+    assert main(["eval", str(weights), str(pictures), "--device", "cuda:99"]) == 2
+    assert "cuda:99" in complaint(capsys)
+
+
+def test_batch_that_does_not_fit_ends_with_its_remedy(
+    weights: Path, pictures: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from visionmamba.models import Vim
+
+    monkeypatch.setattr(Vim, "forward", lambda self, images: torch.empty(1 << 60))
+    assert main(["eval", str(weights), str(pictures), "--batch-size", "6"]) == 1
+    assert complaint(capsys) == (
+        "a batch of 6 images does not fit into the memory of the CPU; "
+        "lower batch_size, for example to 3"
+    )
+
+
+def test_missing_extra_names_the_install_line(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    assert main(small_run(tmp_path / "run")) == 2
+    assert complaint(capsys) == (
+        "training needs pytorch_lightning; install it with: pip install 'visionmamba[train]'"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_folder_is_named(tmp_path: Path, capsys: Output) -> None:
+    root = tmp_path / "nowhere"
+    given = ["--data.root", str(root), "--out", str(tmp_path / "run")]
+    assert main(["train", "folder_vim", *given]) == 2
+    assert complaint(capsys).startswith(f"there is no folder {root}; wanted one that holds")
+
+
+def test_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["predict", str(tmp_path / "none.safetensors"), "x.jpg", "--traceback"])
+
+
+def test_recipe_is_not_changed_by_its_options() -> None:
+    from visionmamba.recipes import digits_vim
+
+    assert replace(digits_vim(), epochs=1) != digits_vim()

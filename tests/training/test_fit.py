@@ -1,0 +1,250 @@
+"""One run from beginning to end: what it leaves, what it refuses, how it stops."""
+
+import json
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.small import STEPS_PER_EPOCH, small_recipe
+from visionmamba.data import BatchTooLargeError
+from visionmamba.models import load, read_header
+from visionmamba.recipes import Recipe
+from visionmamba.training import Experiment, FitResult, NonFiniteError, fit, read_metrics
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FitResult:
+    return fit(small_recipe(), tmp_path_factory.mktemp("fit") / "run", progress=False)
+
+
+def test_run_leaves_all_its_files(finished: FitResult) -> None:
+    assert sorted(path.name for path in finished.out.iterdir()) == [
+        "best.safetensors",
+        "curves.png",
+        "last.ckpt",
+        "last.safetensors",
+        "metrics.csv",
+        "recipe.json",
+        "results.json",
+        "tensorboard",
+    ]
+    assert any((finished.out / "tensorboard").iterdir())
+
+
+def test_results_say_what_was_done(finished: FitResult) -> None:
+    results = json.loads((finished.out / "results.json").read_text())
+    assert results["name"] == "digits_vim"
+    assert results["metrics"] == finished.metrics
+    assert results["steps"] == 2 * STEPS_PER_EPOCH
+    assert results["data"]["train_images"] == 1437
+    assert results["recipe"]["model"]["d_model"] == 16
+    assert results["versions"]["torch"]
+    assert results["parameters"] == sum(
+        p.numel() for p in load(finished.out / "last.safetensors").parameters()
+    )
+
+
+def test_rows_are_the_chosen_steps_and_every_validation(finished: FitResult) -> None:
+    rows = read_metrics(finished.out / "metrics.csv")
+    assert [int(row["step"]) for row in rows if "train_loss" in row] == [3, 6, 9, 12, 15, 18, 21]
+    assert [int(row["step"]) for row in rows if "val_loss" in row] == [11, 22]
+    assert rows[-1]["val_accuracy"] == pytest.approx(finished.metrics["val_accuracy"])
+
+
+def test_weights_say_how_to_use_them(finished: FitResult) -> None:
+    header = read_header(finished.out / "best.safetensors")
+    assert header.class_names == tuple("0123456789")
+    assert header.preprocessing["channels"] == "L"
+    assert header.config["num_classes"] == 10
+
+
+def test_same_seed_gives_the_same_bytes(finished: FitResult, tmp_path: Path) -> None:
+    torch.manual_seed(99)  # what was drawn before does not matter
+    again = fit(small_recipe(), tmp_path / "run", progress=False)
+    for name in ("last.safetensors", "metrics.csv"):
+        assert (again.out / name).read_bytes() == (finished.out / name).read_bytes()
+
+
+def test_other_seed_gives_other_weights(finished: FitResult, tmp_path: Path) -> None:
+    other = fit(small_recipe(seed=1, epochs=1), tmp_path / "run", progress=False)
+    first = read_metrics(finished.out / "metrics.csv")[0]["train_loss"]
+    assert read_metrics(other.out / "metrics.csv")[0]["train_loss"] != first
+
+
+def test_finished_run_is_left_as_it_is(finished: FitResult) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
+    again = fit(small_recipe(), finished.out, progress=False)
+    assert again == replace(finished, was_finished=True)
+    assert {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")} == before
+
+
+def test_finished_run_of_another_recipe_is_refused(finished: FitResult) -> None:
+    recipe = small_recipe(epochs=5)
+    with pytest.raises(ValueError, match=r"epochs is 2 there and 5 here\); repeat its options"):
+        fit(recipe, finished.out, progress=False)
+
+
+class _Stop:
+    """Sends a signal to this process once a checkpoint or any other file is there."""
+
+    def __init__(self, path: Path, number: signal.Signals) -> None:
+        self._path = path
+        self._number = number
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self._send, daemon=True).start()
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    def _send(self) -> None:
+        while not self._path.exists():
+            time.sleep(0.001)
+        signal.raise_signal(self._number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
+    finished: FitResult, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    handler = signal.getsignal(number)
+    with (
+        _Stop(out / "last.ckpt", number),
+        pytest.raises(
+            KeyboardInterrupt, match=r"stopped; the same command goes on from step \d+ of"
+        ),
+    ):
+        fit(small_recipe(), out, checkpoint_every_steps=1, progress=False)
+    assert signal.getsignal(number) == handler
+    assert not (out / "results.json").exists()
+    fit(small_recipe(), out, progress=False)
+    for name in ("last.safetensors", "best.safetensors", "metrics.csv"):
+        assert (out / name).read_bytes() == (finished.out / name).read_bytes()
+
+
+def test_resume_with_another_recipe_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with _Stop(out / "last.ckpt", signal.SIGINT), pytest.raises(KeyboardInterrupt):
+        fit(small_recipe(), out, checkpoint_every_steps=1, progress=False)
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    recipe = small_recipe()
+    other = replace(recipe, seed=4, optimizer=replace(recipe.optimizer, lr=0.5))
+    with pytest.raises(ValueError) as caught:
+        fit(other, out, progress=False)
+    assert "optimizer.lr is 0.003 there and 0.5 here; seed is 0 there and 4 here" in str(
+        caught.value
+    )
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+
+
+class _Broken(Recipe):
+    """A recipe whose batches or model misbehave."""
+
+    def build(self, *, num_workers: int = 0) -> Experiment:
+        experiment = super().build(num_workers=num_workers)
+        _BREAK[self.name](experiment.task.model)
+        return experiment
+
+
+def _break_weight(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.get_parameter("head.weight")[0, 0] = float("nan")
+
+
+def _break_output(model: torch.nn.Module) -> None:
+    model.get_submodule("norm").register_forward_hook(
+        lambda module, inputs, output: tuple(part * float("inf") for part in output)
+    )
+
+
+def _break_gradient(model: torch.nn.Module) -> None:
+    model.get_parameter("head.bias").register_hook(lambda gradient: gradient * float("nan"))
+
+
+def _break_memory(model: torch.nn.Module) -> None:
+    model.register_forward_pre_hook(lambda module, inputs: torch.empty(1 << 60) and None)
+
+
+_BREAK = {
+    "weight": _break_weight,
+    "output": _break_output,
+    "gradient": _break_gradient,
+    "memory": _break_memory,
+}
+
+
+def broken(name: str) -> Recipe:
+    recipe = small_recipe(name=name)
+    return _Broken(**{field: getattr(recipe, field) for field in recipe.__dataclass_fields__})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("weight", "the loss is nan; its first parameter that is not finite is head.weight"),
+        ("output", "the loss is nan; it first appears in layer norm"),
+        ("gradient", "the gradient is not finite, first in head.bias"),
+    ],
+)
+def test_non_finite_value_stops_naming_step_rate_and_layer(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        fit(broken(name), tmp_path / "run", progress=False)
+    sentence = str(caught.value)
+    assert sentence.startswith("training stopped at step 1 with learning rate 0.000136: ")
+    assert message in sentence
+    assert "lower optimizer.lr" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_that_does_not_fit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BatchTooLargeError, match="a batch of 128 images does not fit into"):
+        fit(broken("memory"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulated_batches_make_one_step(tmp_path: Path) -> None:
+    recipe = small_recipe(epochs=1, log_every_steps=1)
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, accumulate_batches=4))
+    result = fit(recipe, tmp_path / "run", progress=False)
+    assert result.steps == 3  # 4 + 4 + 3 batches
+    rows = read_metrics(result.out / "metrics.csv")
+    assert [int(row["step"]) for row in rows if "train_loss" in row] == [1, 2, 3]
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    result = fit(small_recipe(epochs=1, precision="bfloat16"), tmp_path / "run", progress=False)
+    assert result.metrics["val_loss"] < 2.4  # ln 10 is 2.30; nan would fail too
+
+
+def test_number_of_workers_changes_nothing(finished: FitResult, tmp_path: Path) -> None:
+    result = fit(small_recipe(), tmp_path / "run", num_workers=1, progress=False)
+    expected = (finished.out / "last.safetensors").read_bytes()
+    assert (result.out / "last.safetensors").read_bytes() == expected
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="is a file, wanted a folder for the run"):
+        fit(small_recipe(), tmp_path / "run")
+
+
+def test_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device must be"):
+        fit(small_recipe(), tmp_path / "run", device="tpu9")
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_without_a_terminal_is_a_line_an_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(small_recipe(epochs=1), tmp_path / "run")
+    assert capsys.readouterr().err.startswith("digits_vim  epoch 1/1  loss ")

@@ -1,0 +1,79 @@
+"""Parameter groups and learning rate."""
+
+import math
+
+import pytest
+import torch
+
+from visionmamba.models import DeiTConfig, VimConfig
+from visionmamba.training import OptimizerConfig
+
+
+def vim() -> torch.nn.Module:
+    return VimConfig(image_size=8, patch_size=2, in_channels=1, d_model=16, depth=1).build()
+
+
+def test_every_parameter_is_in_one_group() -> None:
+    model = vim()
+    decayed, exempt = OptimizerConfig().groups(model)
+    assert decayed.keys() | exempt.keys() == dict(model.named_parameters()).keys()
+    assert not decayed.keys() & exempt.keys()
+
+
+def test_biases_norms_and_embeddings_are_not_decayed() -> None:
+    decayed, exempt = OptimizerConfig().groups(vim())
+    assert {"class_token", "position_embedding.weight", "head.bias", "norm.weight"} <= exempt.keys()
+    assert {"head.weight", "patch_embedding.weight"} <= decayed.keys()
+    assert all(parameter.ndim > 1 for parameter in decayed.values())
+
+
+def test_a_log_is_exempt_unless_the_published_behaviour_is_asked_for() -> None:
+    default, _ = OptimizerConfig().groups(vim())
+    published, _ = OptimizerConfig(decay_a_log=True).groups(vim())
+    extra = published.keys() - default.keys()
+    assert len(extra) == 2
+    assert all(name.endswith("A_log") for name in extra)
+
+
+def test_deits_own_exemptions_hold() -> None:
+    model = DeiTConfig(image_size=8, patch_size=2, d_model=16, depth=1, num_heads=1).build()
+    _, exempt = OptimizerConfig().groups(model)
+    assert {"pos_embed", "cls_token"} <= exempt.keys()
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = vim()
+    model.get_parameter("head.weight").requires_grad_(False)
+    decayed, exempt = OptimizerConfig().groups(model)
+    assert "head.weight" not in decayed.keys() | exempt.keys()
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    config = OptimizerConfig(lr=2.0, min_lr_share=0.1, warmup_epochs=1)
+    optimizer, schedule = config.build(vim(), steps_per_epoch=4, epochs=3)
+    rates = []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    half_way = 2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert rates[8] == pytest.approx(half_way)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+    assert optimizer.param_groups[1]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive, got 0"),
+        ({"min_lr_share": 2.0}, "min_lr_share must lie between 0 and 1"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs must be at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive or None"),
+        ({"accumulate_batches": 0}, "accumulate_batches must be at least 1"),
+    ],
+)
+def test_wrong_value_is_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)  # type: ignore[arg-type]
