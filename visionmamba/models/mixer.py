@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionmamba.models.config import Initialization, MixerKind
-from visionmamba.ops import bidirectional_scan, causal_conv1d, selective_scan
+from visionmamba.ops import (
+    bidirectional_conv1d,
+    bidirectional_scan,
+    causal_conv1d,
+    selective_scan,
+)
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 
@@ -64,16 +69,9 @@ class DirectionalSSM(nn.Module):
         """(E, N) float32, negative."""
         return decay_rates(self.A_log)
 
-    def convolve(self, x: Tensor, *, reverse: bool) -> Tensor:
-        """Return SiLU of the causal depthwise convolution of (B, L, E), in either direction."""
-        return causal_conv1d(
-            x, self.conv_weight, self.conv_bias, reverse=reverse, activation="silu"
-        )
-
-    def project(self, u: Tensor) -> Tensor:
-        """Return [dt_r | B | C] (B, L, R + 2N) of the convolved input."""
-        projected: Tensor = self.x_proj(u)
-        return projected
+    def convolve(self, x: Tensor) -> Tensor:
+        """Return SiLU of the causal depthwise convolution of (B, L, E), from the first token on."""
+        return causal_conv1d(x, self.conv_weight, self.conv_bias, activation="silu")
 
 
 def reset_A_log(A_log: Tensor) -> None:
@@ -159,21 +157,24 @@ class BidirectionalMixer(nn.Module):
         return out if self.layer_scale is None else out * self.layer_scale
 
     def _scan_both(self, x: Tensor, z: Tensor) -> Tensor:
-        forward = self.directions[0]
-        backward = self.directions[-1]
+        forward, backward = self.directions[0], self.directions[-1]
         assert isinstance(forward, DirectionalSSM) and isinstance(backward, DirectionalSSM)
-        u_forward = forward.convolve(x, reverse=False)
-        projected_forward = forward.project(u_forward)
         if self.backward_A_log is not None:  # published v1 shares all but A
-            u_backward, projected_backward = u_forward, projected_forward
+            u = forward.convolve(x)
+            us, projected = (u, u), (forward.x_proj(u),) * 2
             backward_A = decay_rates(self.backward_A_log)
         else:
-            u_backward = backward.convolve(x, reverse=True)
-            projected_backward = backward.project(u_backward)
+            us = bidirectional_conv1d(
+                x,
+                (forward.conv_weight, backward.conv_weight),
+                (forward.conv_bias, backward.conv_bias),
+                activation="silu",
+            )
+            projected = forward.x_proj(us[0]), backward.x_proj(us[1])
             backward_A = backward.A
         return bidirectional_scan(
-            (u_forward, u_backward),
-            (projected_forward, projected_backward),
+            us,
+            projected,
             (forward.dt_weight, backward.dt_weight),
             (forward.dt_bias, backward.dt_bias),
             (forward.A, backward_A),
@@ -185,8 +186,8 @@ class BidirectionalMixer(nn.Module):
     def _scan_forward_only(self, x: Tensor, z: Tensor) -> Tensor:
         ssm = self.directions[0]
         assert isinstance(ssm, DirectionalSSM)
-        u = ssm.convolve(x, reverse=False)
+        u = ssm.convolve(x)
         sizes = [ssm.dt_rank, ssm.d_state, ssm.d_state]
-        low_rank_dt, B, C = torch.split(ssm.project(u), sizes, dim=-1)
+        low_rank_dt, B, C = torch.split(ssm.x_proj(u), sizes, dim=-1)
         dt = F.linear(low_rank_dt, ssm.dt_weight)
         return selective_scan(u, dt, ssm.A, B, C, ssm.D, z=z, dt_bias=ssm.dt_bias, dt_softplus=True)
