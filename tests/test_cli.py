@@ -55,7 +55,7 @@ def complaint(output: Output) -> str:
 def small_run(out: Path) -> list[str]:
     return [
         *("train", "digits_vim", "--out", str(out), "--epochs", "1", "--batch-size", "512"),
-        *("--model.d-model", "16", "--model.depth", "1", "--quiet"),
+        *("--model.d-model", "16", "--model.depth", "1", "--device", "cpu", "--quiet"),
     ]
 
 

@@ -72,7 +72,7 @@ def test_counts_below_one_are_refused(field: str) -> None:
 def accuracy_after_six_epochs(out: Path) -> float:
     recipe = replace(digits_vim(), epochs=6, model=replace(digits_vim().model, depth=2))
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, warmup_epochs=1))
-    return fit(recipe, out, progress=False).metrics["val_accuracy"]
+    return fit(recipe, out, device="cpu", progress=False).metrics["val_accuracy"]
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def _train(out: Path, order: Path, death: Death, changes: dict[str, Any]) -> Non
     watched = _WatchedRecipe(
         **{field.name: getattr(recipe, field.name) for field in fields(recipe)}
     )
-    fit(watched, out, checkpoint_every_steps=4, progress=False, command="test")
+    fit(watched, out, device="cpu", checkpoint_every_steps=4, progress=False)
 
 
 def _die_in_checkpoint(number: int) -> None:

@@ -18,9 +18,13 @@ from visionmamba.recipes import Recipe
 from visionmamba.training import Experiment, FitResult, NonFiniteError, fit, read_metrics
 
 
+def train(recipe: Recipe, out: Path, **options: Any) -> FitResult:
+    return fit(recipe, out, device="cpu", **{"progress": False, **options})
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FitResult:
-    return fit(small_recipe(), tmp_path_factory.mktemp("fit") / "run", progress=False)
+    return train(small_recipe(), tmp_path_factory.mktemp("fit") / "run")
 
 
 def test_run_leaves_all_its_files(finished: FitResult) -> None:
@@ -66,20 +70,20 @@ def test_weights_say_how_to_use_them(finished: FitResult) -> None:
 
 def test_same_seed_gives_the_same_bytes(finished: FitResult, tmp_path: Path) -> None:
     torch.manual_seed(99)  # what was drawn before does not matter
-    again = fit(small_recipe(), tmp_path / "run", progress=False)
+    again = train(small_recipe(), tmp_path / "run")
     for name in ("last.safetensors", "metrics.csv"):
         assert (again.out / name).read_bytes() == (finished.out / name).read_bytes()
 
 
 def test_other_seed_gives_other_weights(finished: FitResult, tmp_path: Path) -> None:
-    other = fit(small_recipe(seed=1, epochs=1), tmp_path / "run", progress=False)
+    other = train(small_recipe(seed=1, epochs=1), tmp_path / "run")
     first = read_metrics(finished.out / "metrics.csv")[0]["train_loss"]
     assert read_metrics(other.out / "metrics.csv")[0]["train_loss"] != first
 
 
 def test_finished_run_is_left_as_it_is(finished: FitResult) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
-    again = fit(small_recipe(), finished.out, progress=False)
+    again = train(small_recipe(), finished.out)
     assert again == replace(finished, was_finished=True)
     assert {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")} == before
 
@@ -87,7 +91,7 @@ def test_finished_run_is_left_as_it_is(finished: FitResult) -> None:
 def test_finished_run_of_another_recipe_is_refused(finished: FitResult) -> None:
     recipe = small_recipe(epochs=5)
     with pytest.raises(ValueError, match=r"epochs is 2 there and 5 here\); repeat its options"):
-        fit(recipe, finished.out, progress=False)
+        train(recipe, finished.out)
 
 
 class _Stop:
@@ -121,10 +125,10 @@ def test_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
             KeyboardInterrupt, match=r"stopped; the same command goes on from step \d+ of"
         ),
     ):
-        fit(small_recipe(), out, checkpoint_every_steps=1, progress=False)
+        train(small_recipe(), out, checkpoint_every_steps=1)
     assert signal.getsignal(number) == handler
     assert not (out / "results.json").exists()
-    fit(small_recipe(), out, progress=False)
+    train(small_recipe(), out)
     for name in ("last.safetensors", "best.safetensors", "metrics.csv"):
         assert (out / name).read_bytes() == (finished.out / name).read_bytes()
 
@@ -132,12 +136,12 @@ def test_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
 def test_resume_with_another_recipe_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with _Stop(out / "last.ckpt", signal.SIGINT), pytest.raises(KeyboardInterrupt):
-        fit(small_recipe(), out, checkpoint_every_steps=1, progress=False)
+        train(small_recipe(), out, checkpoint_every_steps=1)
     before = {path: path.read_bytes() for path in out.glob("*.*")}
     recipe = small_recipe()
     other = replace(recipe, seed=4, optimizer=replace(recipe.optimizer, lr=0.5))
     with pytest.raises(ValueError) as caught:
-        fit(other, out, progress=False)
+        train(other, out)
     assert "optimizer.lr is 0.003 there and 0.5 here; seed is 0 there and 4 here" in str(
         caught.value
     )
@@ -197,7 +201,7 @@ def test_non_finite_value_stops_naming_step_rate_and_layer(
     tmp_path: Path, name: str, message: str
 ) -> None:
     with pytest.raises(NonFiniteError) as caught:
-        fit(broken(name), tmp_path / "run", progress=False)
+        train(broken(name), tmp_path / "run")
     sentence = str(caught.value)
     assert sentence.startswith("training stopped at step 1 with learning rate 0.000136: ")
     assert message in sentence
@@ -207,26 +211,26 @@ def test_non_finite_value_stops_naming_step_rate_and_layer(
 
 def test_batch_that_does_not_fit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(BatchTooLargeError, match="a batch of 128 images does not fit into"):
-        fit(broken("memory"), tmp_path / "run", progress=False)
+        train(broken("memory"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_accumulated_batches_make_one_step(tmp_path: Path) -> None:
     recipe = small_recipe(epochs=1, log_every_steps=1)
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, accumulate_batches=4))
-    result = fit(recipe, tmp_path / "run", progress=False)
+    result = train(recipe, tmp_path / "run")
     assert result.steps == 3  # 4 + 4 + 3 batches
     rows = read_metrics(result.out / "metrics.csv")
     assert [int(row["step"]) for row in rows if "train_loss" in row] == [1, 2, 3]
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
-    result = fit(small_recipe(epochs=1, precision="bfloat16"), tmp_path / "run", progress=False)
+    result = train(small_recipe(epochs=1, precision="bfloat16"), tmp_path / "run")
     assert result.metrics["val_loss"] < 2.4  # ln 10 is 2.30; nan would fail too
 
 
 def test_number_of_workers_changes_nothing(finished: FitResult, tmp_path: Path) -> None:
-    result = fit(small_recipe(), tmp_path / "run", num_workers=1, progress=False)
+    result = train(small_recipe(), tmp_path / "run", num_workers=1)
     expected = (finished.out / "last.safetensors").read_bytes()
     assert (result.out / "last.safetensors").read_bytes() == expected
 
@@ -234,7 +238,7 @@ def test_number_of_workers_changes_nothing(finished: FitResult, tmp_path: Path) 
 def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match="is a file, wanted a folder for the run"):
-        fit(small_recipe(), tmp_path / "run")
+        train(small_recipe(), tmp_path / "run")
 
 
 def test_unknown_device_is_refused(tmp_path: Path) -> None:
@@ -246,5 +250,5 @@ def test_unknown_device_is_refused(tmp_path: Path) -> None:
 def test_progress_without_a_terminal_is_a_line_an_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(small_recipe(epochs=1), tmp_path / "run")
+    train(small_recipe(epochs=1), tmp_path / "run", progress=True)
     assert capsys.readouterr().err.startswith("digits_vim  epoch 1/1  loss ")

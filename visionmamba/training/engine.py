@@ -140,11 +140,7 @@ def _note_bad_output(name: str, found: list[str]) -> Any:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; `saved_step` is where the same command goes on."""
-
-    def __init__(self, saved_step: int) -> None:
-        super().__init__(f"stopped; the checkpoint is at step {saved_step}")
-        self.saved_step = saved_step
+    """The run was asked to stop and has done so, between two steps."""
 
 
 class StopRequest:
@@ -198,8 +194,8 @@ class Recorder(lightning.Callback):
         self._checkpoint_every_steps = checkpoint_every_steps
         self._identity = identity
         self._stop = stop
-        self._saved_step: int = state.get("step", 0)
-        self._noted_step = self._saved_step
+        self.saved_step: int = state.get("step", 0)
+        self._noted_step = self.saved_step
         self._seconds_before: float = state.get("seconds", 0.0)
         self._started = time.monotonic()
         self.metrics: dict[str, float] = state.get("metrics", {})
@@ -207,7 +203,7 @@ class Recorder(lightning.Callback):
         self._file = MetricsFile(
             out / "metrics.csv",
             metric_names=experiment.task.metric_names,
-            last_step=self._saved_step,
+            last_step=self.saved_step,
         )
 
     @property
@@ -294,8 +290,8 @@ class Recorder(lightning.Callback):
 
     def _save(self, trainer: lightning.Trainer) -> None:
         trainer.save_checkpoint(self._out / "last.ckpt")
-        self._saved_step = trainer.global_step
+        self.saved_step = trainer.global_step
 
     def _stop_if_asked(self) -> None:
         if self._stop.is_made:
-            raise Interrupted(self._saved_step)
+            raise Interrupted

@@ -37,6 +37,8 @@ _RESULT_FIELDS = (
 _LIBRARY_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # pytorch-lightning asks torch for a class that torch has renamed; nothing a caller can do
     (r".*LeafSpec.* is deprecated", FutureWarning),
+    # device="cpu" beside a GPU is a choice
+    ("GPU available but not used", UserWarning),
 )
 _PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "numpy", "pillow")
 
@@ -144,6 +146,7 @@ def _train(
 ) -> FitResult:
     import pytorch_lightning as lightning
     from pytorch_lightning.loggers import TensorBoardLogger
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     from visionmamba.training.checkpoint import AtomicCheckpointIO, read_checkpoint, replace_json
     from visionmamba.training.curves import draw_curves
@@ -205,8 +208,8 @@ def _train(
                     ckpt_path=checkpoint if state else None,
                     weights_only=True,
                 )
-        except Interrupted as interruption:
-            where = f"step {interruption.saved_step} of {trainer.estimated_stepping_batches}"
+        except (Interrupted, SIGTERMException):
+            where = f"step {recorder.saved_step} of {trainer.estimated_stepping_batches}"
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
     experiment.task.save_weights(out / "last.safetensors")
     draw_curves(out / _METRICS, out / _CURVES, monitor=experiment.task.monitor, title=recipe.name)
