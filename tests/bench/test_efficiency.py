@@ -96,7 +96,8 @@ def test_measures_both_models_and_writes_files(
     assert len(Path(f"{stem}.csv").read_text().splitlines()) == 3
     saved = EfficiencyResult.from_dict(json.loads(Path(f"{stem}.json").read_text()))
     assert saved == result
-    with Image.open(f"{stem}_time.png") as plot:
+    assert "| 32 | 4 | " in Path(f"{stem}.md").read_text()
+    with Image.open(f"{stem}_time_dark.png") as plot:
         assert plot.width > 500
 
 
@@ -106,7 +107,7 @@ def test_a_case_over_the_memory_limit_is_kept_and_marked(tmp_path: Path) -> None
     )
     result = settings.run()
     assert [row.status for row in result.measurements] == ["out of memory"] * 2
-    assert (tmp_path / "efficiency_cpu_tiny_infer_memory.png").is_file()
+    assert (tmp_path / "efficiency_cpu_tiny_infer_memory_light.png").is_file()
 
 
 def test_peak_memory_holds_weights_and_grows_with_the_resolution() -> None:

@@ -29,7 +29,6 @@ from visionmamba.bench.memory import peak_memory_gib
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _MODELS: tuple[ModelName, ...] = ("vim", "deit")
 _SIZE_NAMES = {"tiny": "Ti", "small": "S", "base": "B"}
@@ -132,42 +131,10 @@ class EfficiencyResult:
         where = "at every resolution measured" if always or never else "at some of the resolutions"
         return f"{first} is the faster one {where}; {largest}."
 
-    def table(self) -> "Table":
-        """Return the comparison as a table for the terminal."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        vim, deit = self.names["vim"], self.names["deit"]
-        settings = self.settings
-        what = "forward" if settings.mode == "infer" else "forward + backward"
-        table = Table(
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-            title=f"{vim} and {deit}, {what}, batch {settings.batch}, {settings.precision}",
-            caption=f"{self.machine.accelerator or self.machine.processor}, "
-            f"{self.machine.num_threads} threads, torch {self.machine.versions['torch']}, "
-            f"{self.machine.date}",
-        )
-        for heading in ("side\npx", "tokens", f"{vim}\nms", f"{deit}\nms", "DeiT/Vim\ntime"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for heading in (f"{vim}\nMiB", f"{deit}\nMiB", "DeiT/Vim\nmemory"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for side in settings.resolutions:
-            rows = [self.measurement(model, side) for model in _MODELS]
-            table.add_row(
-                str(side),
-                str(rows[0].num_tokens),
-                *(_time_cell(row) for row in rows),
-                _ratio_cell(self.speedup(side)),
-                *(_memory_cell(row) for row in rows),
-                _ratio_cell(self.memory_ratio(side)),
-            )
-        return table
-
     def save(self, folder: Path) -> list[Path]:
-        """Write CSV, JSON and the plots into a folder and return their paths."""
-        from visionmamba.bench.plots import plot_memory, plot_time
+        """Write CSV, JSON, Markdown and the plots into a folder and return their paths."""
+        from visionmamba.bench.plots import PALETTES, plot_memory, plot_time
+        from visionmamba.bench.tables import to_markdown
 
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"efficiency_{self.machine_kind}_{self.settings.size}_{self.settings.mode}"
@@ -178,10 +145,14 @@ class EfficiencyResult:
             writer.writerows(asdict(row) for row in self.measurements)
         record = folder / f"{stem}.json"
         record.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        pictures = [folder / f"{stem}_time.png", folder / f"{stem}_memory.png"]
-        for picture, plot in zip(pictures, (plot_time, plot_memory), strict=True):
-            picture.write_bytes(plot(self))
-        return [table, record, *pictures]
+        summary = folder / f"{stem}.md"
+        summary.write_text(to_markdown(self), encoding="utf-8")
+        pictures = []
+        for name, plot in (("time", plot_time), ("memory", plot_memory)):
+            for theme in PALETTES:
+                pictures.append(folder / f"{stem}_{name}_{theme}.png")
+                pictures[-1].write_bytes(plot(self, theme))
+        return [table, record, summary, *pictures]
 
     @property
     def machine_kind(self) -> str:
@@ -284,12 +255,14 @@ class Efficiency:
         """Measure, print the table and write the files into `out`."""
         from rich.console import Console
 
+        from visionmamba.bench.tables import to_table
+
         console = Console()
         result = self.measure(console)
         paths = result.save(self.out)
-        console.print(result.table())
+        console.print(to_table(result))
         console.print(result.sentence())
-        console.print("wrote " + ", ".join(str(path) for path in paths), highlight=False)
+        console.print(f"wrote {len(paths)} files: {self.out}/{paths[0].stem}*", highlight=False)
         return result
 
     def measure(self, console: "Console") -> EfficiencyResult:
@@ -396,21 +369,3 @@ def time_side_by_side(
             if turn >= warmup:
                 seconds[model].append(time.perf_counter() - begin)
     return seconds
-
-
-def _time_cell(row: Measurement) -> str:
-    if row.milliseconds is None or row.milliseconds_low is None or row.milliseconds_high is None:
-        return row.status
-    spread = (row.milliseconds_high - row.milliseconds_low) / 2
-    digits = 1 if row.milliseconds < 100 else 0
-    return f"{row.milliseconds:.{digits}f} ±{spread:.{digits}f}"
-
-
-def _memory_cell(row: Measurement) -> str:
-    if row.peak_memory_gib is None:
-        return row.status if row.status != "ok" else "not measured"
-    return f"{row.peak_memory_gib * 1024:,.0f}"
-
-
-def _ratio_cell(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"

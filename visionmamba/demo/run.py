@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from visionmamba.bench.cases import ModelName
 from visionmamba.bench.efficiency import Efficiency, EfficiencyResult
 from visionmamba.bench.machine import Machine, describe_machine
+from visionmamba.bench.tables import to_table
 from visionmamba.demo.report import Contender, Digit, Report
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class Demo:
         else:
             result = settings.measure(console)
             result.save(self.out / "efficiency")
-        console.print(result.table())
+        console.print(to_table(result))
         console.print(result.sentence())
         return result
 
