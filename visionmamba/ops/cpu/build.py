@@ -113,7 +113,7 @@ def _name(key: str, library: bytes) -> str:
 def _compile(compiler: list[str], directory: Path, key: str) -> Path:
     try:
         _remove_abandoned(directory)
-        handle, name = tempfile.mkstemp(prefix=".compiling-", suffix=".so", dir=directory)
+        handle, name = tempfile.mkstemp(prefix=".compiling-", dir=directory)
         os.close(handle)
         temporary = Path(name)
         try:

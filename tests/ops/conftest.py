@@ -1,0 +1,34 @@
+"""The backends every op is tested on."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from visionmamba.ops import cpu
+from visionmamba.ops.cpu.build import UnavailableError, compiled_library
+
+BACKENDS = ("torch", "cpp", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The device of one backend: the CPU in plain PyTorch, the CPU in C++, the GPU."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    if request.param == "cpp":
+        try:
+            compiled_library()
+        except UnavailableError as error:
+            pytest.skip(f"no C++ kernels here: {error}")
+    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, request.param)
+    cpu.forget_choice()
+    yield "cpu"
+    cpu.forget_choice()
+
+
+@pytest.fixture(params=(torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+def half(request: pytest.FixtureRequest) -> torch.dtype:
+    dtype: torch.dtype = request.param
+    return dtype
