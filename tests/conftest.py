@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # the controller's environment reaches its workers
         folder = tempfile.mkdtemp(prefix="visionmamba-tests-")
         os.environ["XDG_CACHE_HOME"] = folder  # compiled kernels go there
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
 
