@@ -131,7 +131,7 @@ def mixer_inputs(
 
 
 def bidirectional_reference(inputs: Mapping[str, Tensor], *, scale: float) -> Results:
-    """The mixer's core as the published code does it, sequentially: gate each direction, then sum."""
+    """The mixer's core as published, one token at a time: gate each direction, then sum."""
     total: Tensor | float = 0.0
     results = {}
     for side in ("f", "b"):

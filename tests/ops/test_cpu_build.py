@@ -1,4 +1,4 @@
-"""The compiled kernels' cache and the choice of backend: races, kills, no compiler, unsafe folders."""
+"""The kernels' cache and the choice of backend: races, kills, no compiler, unsafe folders."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The selective scan on every backend: closed forms, the float64 reference, PyTorch's own checks."""
+"""The selective scan on every backend: closed forms, the float64 reference, torch's checks."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The mathematics of the models as PyTorch ops, several backends behind each; knows tensors only."""
+"""The models' mathematics as PyTorch ops, several backends behind each; knows tensors only."""
 
 from visionmamba.ops.backends import BackendStatus, backends
 from visionmamba.ops.bidirectional import bidirectional_scan

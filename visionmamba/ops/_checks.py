@@ -1,4 +1,4 @@
-"""What the faces of the ops share: the one-sentence complaints about tensors, and the choice of dtypes."""
+"""What the faces of the ops share: complaints in one sentence, and the choice of dtypes."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_shape(op: str, name: str, tensor: Tensor, axes: str, wanted: tuple[int, ...]) -> None:
-    """Raise ValueError unless `tensor` has the shape `wanted`; `axes` spells it, e.g. '(B, L, N)'."""
+    """Raise ValueError unless `tensor` has the shape `wanted`; `axes` spells it: '(B, L, N)'."""
     if tuple(tensor.shape) != wanted:
         raise ValueError(
             f"{op}: {name} must have shape {axes} = {wanted}, got {tuple(tensor.shape)}; "
@@ -33,7 +33,7 @@ def check_ndim(op: str, name: str, tensor: Tensor, axes: str, ndim: int) -> None
 
 
 def check_dtypes_and_devices(op: str, named: Sequence[tuple[str, Tensor | None]]) -> None:
-    """Raise ValueError unless all tensors are floating, none mixes float64 with others, and all share the first's device."""
+    """Raise ValueError unless all are floating, on one device, and all or none are float64."""
     first_name, first = named[0]
     assert first is not None
     for name, tensor in named:
@@ -57,12 +57,12 @@ def check_dtypes_and_devices(op: str, named: Sequence[tuple[str, Tensor | None]]
 
 
 def parameter_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of parameters and states beside activations like x: float32 (float64 in gradient checks)."""
+    """Return the dtype of parameters and states beside x: float32, in gradient checks float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values in the dtype of an output, stopping at float16's largest instead of infinity."""
+    """Return values in an output's dtype, stopping at float16's largest instead of infinity."""
     return values.clamp(-65504, 65504).half() if dtype == torch.float16 else values.to(dtype)
 
 

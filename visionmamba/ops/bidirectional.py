@@ -1,4 +1,4 @@
-"""The core of the Vim mixer in one op: step sizes, the scans of both directions, their sum, the gate and the scale."""
+"""The core of the Vim mixer in one op: step sizes, both scans, their sum, the gate, the scale."""
 
 from typing import Any, Literal, overload
 
@@ -74,9 +74,10 @@ def bidirectional_scan(
 ) -> Tensor | tuple[Tensor, _Pair]:
     """Return scale * (scan of direction 0 + scan of direction 1) * silu(z).
 
-    Direction 0 scans from the first token to the last, direction 1 from the last to the first; nothing is flipped in
-    memory. In each, [dt_r | B | C] = projected and dt = softplus(dt_r @ dt_weight.T + dt_bias). The gate is applied to
-    the sum, which equals gating each direction as the published code does. Both places of a pair may hold one tensor.
+    Direction 0 scans from the first token to the last, direction 1 from the last to the first;
+    nothing is flipped in memory. In each, [dt_r | B | C] = projected and
+    dt = softplus(dt_r @ dt_weight.T + dt_bias). The gate is applied to the sum, which equals
+    gating each direction as the published code does. A pair may hold one tensor twice.
 
     Args:
         x: two (B, L, E) float32, bfloat16 or float16.
@@ -85,17 +86,20 @@ def bidirectional_scan(
         dt_bias: two (E,) float32.
         A: two (E, N) float32, negative.
         D: two (E,) float32, the direct path of each direction.
-        z: (B, L, E), the gate; a strided view whose last axis is contiguous is read in place; None for none.
+        z: (B, L, E), the gate; a strided view whose last axis is contiguous is read in place;
+            None for none.
         scale: factor of the sum.
-        initial_state: two (B, E, N) float32, entering before token 0 and behind token L-1; zeros when None.
+        initial_state: two (B, E, N) float32, entering before token 0 and behind token L-1; zeros
+            when None.
         return_state: return the two last states too.
 
     Returns:
-        y (B, L, E) in x's dtype (float16 stops at 65504 instead of infinity); with return_state also the pair of last states (B, E, N) float32, after token L-1 and
-        after token 0. Gradients flow through all of them and to every tensor given.
+        y (B, L, E) in x's dtype (float16 stops at 65504 instead of infinity); with return_state
+        also the pair of last states (B, E, N) float32, after token L-1 and after token 0.
+        Gradients flow through all of them and to every tensor given.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; the message names the argument and the direction.
+        ValueError: shapes, dtypes or devices disagree; the message names argument and direction.
     """
     op = "bidirectional_scan"
     for name, pair in (
@@ -250,7 +254,7 @@ def bidirectional_scan_backward_torch(
 
 
 def _split(projected: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dt_r, B, C = projected.split([dt_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
+    dt_r, B, C = torch.split(projected, [dt_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
     return dt_r, B, C
 
 
@@ -274,7 +278,7 @@ def _bidirectional_scan(
     scale: float,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y, the last states and, when save_states, the states entering every checkpoint_length tokens."""
+    """Return y, the last states and, when save_states, both directions' checkpoints."""
     inputs = (
         (x_f, x_b),
         (projected_f, projected_b),
@@ -345,7 +349,7 @@ def _bidirectional_scan_backward(
     initial_state_b: Tensor | None,
     scale: float,
 ) -> list[Tensor]:
-    """Return the gradients of all tensors of the forward in their order, empty for inputs that are None."""
+    """Return the gradients of the forward's tensors in their order, empty for those None."""
     inputs = (
         (x_f, x_b),
         (projected_f, projected_b),

@@ -1,4 +1,4 @@
-"""Depthwise convolutions over the tokens before or behind, with SiLU fused: faces and torch.library ops."""
+"""Depthwise convolutions over the tokens before or behind, with SiLU fused: faces and ops."""
 
 from typing import Any, Literal
 
@@ -26,11 +26,12 @@ def causal_conv1d(
 ) -> Tensor:
     """Convolve every channel along the tokens, each token seeing itself and the K - 1 before it.
 
-    y_t = act(bias + sum_k weight[:, k] x_{t-K+1+k}), zeros outside; with reverse the K - 1 tokens behind are seen,
-    y_t = act(bias + sum_k weight[:, k] x_{t+K-1-k}), which equals flip(conv(flip(x))).
+    y_t = act(bias + sum_k weight[:, k] x_{t-K+1+k}), zeros outside; with reverse the K - 1 tokens
+    behind are seen, y_t = act(bias + sum_k weight[:, k] x_{t+K-1-k}): flip(conv(flip(x))).
 
     Args:
-        x: (B, L, E) float32, bfloat16 or float16; a strided view whose last axis is contiguous is read in place.
+        x: (B, L, E) float32, bfloat16 or float16; a strided view whose last axis is contiguous is
+            read in place.
         weight: (E, K) float32.
         bias: (E,) float32, or None.
         reverse: look at the tokens behind instead of the ones before.
@@ -56,16 +57,20 @@ def bidirectional_conv1d(
     *,
     activation: Literal["silu"] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `causal_conv1d` of x by the first weights and, reversed, by the second, reading x once.
+    """Return `causal_conv1d` of x by the first weights and, reversed, by the second.
+
+    x is read once, and its gradient written once.
 
     Args:
-        x: (B, L, E) float32, bfloat16 or float16; a strided view whose last axis is contiguous is read in place.
+        x: (B, L, E) float32, bfloat16 or float16; a strided view whose last axis is contiguous is
+            read in place.
         weight: two (E, K) float32, forward and reversed.
         bias: two (E,) float32, or None.
         activation: "silu" or None.
 
     Returns:
-        Two (B, L, E) in x's dtype, computed in float32 (float16 stops at 65504 instead of infinity).
+        Two (B, L, E) in x's dtype, computed in float32 (float16 stops at 65504 instead of
+        infinity).
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the activation is unknown.
@@ -123,7 +128,7 @@ def causal_conv1d_torch(
 def causal_conv1d_backward_torch(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias (empty without bias) by plain PyTorch operations."""
+    """Return the gradients of x, weight and bias (empty without) by plain PyTorch operations."""
     with torch.autocast(x.device.type, enabled=False):
         dy = dy.to(weight.dtype)
         inputs = x.to(weight.dtype)
@@ -256,7 +261,7 @@ def _bidirectional_conv1d_backward(
             dx, dweights, dbiases = kernels.causal_conv1d_backward(
                 (du_f, du_b), x, (weight_f, weight_b), (bias_f, bias_b), (False, True), silu
             )
-            return dx, *dweights, *dbiases
+            return dx, dweights[0], dweights[1], dbiases[0], dbiases[1]
     dx_f, dw_f, db_f = causal_conv1d_backward_torch(du_f, x, weight_f, bias_f, False, silu)
     dx_b, dw_b, db_b = causal_conv1d_backward_torch(du_b, x, weight_b, bias_b, True, silu)
     return dx_f + dx_b, dw_f, dw_b, db_f, db_b

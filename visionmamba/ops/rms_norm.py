@@ -1,4 +1,4 @@
-"""Root-mean-square norm with the residual add fused in: the checked face and the torch.library op."""
+"""Root-mean-square norm with the residual add fused in: the checked face and the op."""
 
 from typing import Any, overload
 
@@ -27,7 +27,9 @@ def rms_norm(
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return x * rsqrt(mean(x^2) + eps) * weight over the last axis, after adding x to the residual when one is given.
+    """Return x * rsqrt(mean(x^2) + eps) * weight over the last axis.
+
+    With a residual, x is added to it first and the norm is taken of the sum.
 
     Args:
         x: (..., D) float32, bfloat16 or float16; the norm is computed in float32.
@@ -36,7 +38,8 @@ def rms_norm(
         residual: (..., D) like x, usually float32; the norm is taken of residual + x.
 
     Returns:
-        normed (..., D) in x's dtype (float16 stops at 65504 instead of infinity); with a residual the pair (normed, residual + x), the latter in the residual's dtype.
+        normed (..., D) in x's dtype; with a residual the pair (normed, residual + x), the latter
+        in the residual's dtype. float16 stops at 65504 instead of infinity.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
@@ -77,7 +80,7 @@ def rms_norm_backward_torch(
     weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of total = residual + x (weight's dtype) and of the weight by plain PyTorch operations."""
+    """Return the gradients of total = residual + x (in the weight's dtype) and of the weight."""
     with torch.autocast(total.device.type, enabled=False):
         values = total.to(weight.dtype)
         if dnormed is None:

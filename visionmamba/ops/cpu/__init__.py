@@ -1,6 +1,7 @@
 """The CPU's choice between the compiled C++ kernels and plain PyTorch, made once at the first use.
 
-VISIONMAMBA_CPU_BACKEND=cpp or =torch forces it; otherwise C++ wherever a compiler and a safe cache are found.
+VISIONMAMBA_CPU_BACKEND=cpp or =torch forces it; otherwise C++ wherever a compiler and a safe cache
+are found.
 """
 
 import functools
@@ -14,7 +15,7 @@ from visionmamba.ops.cpu.library import Kernels
 
 ENVIRONMENT_VARIABLE = "VISIONMAMBA_CPU_BACKEND"
 CHECKPOINT_LENGTH = 64
-"""Tokens between the states that a forward scan stores for its backward; TILE in selective_scan.cpp."""
+"""Tokens between the states a scan stores for its backward; TILE in selective_scan.cpp."""
 
 _lock = threading.Lock()
 

@@ -1,8 +1,8 @@
 """Compile the C++ kernels once per user and machine, and find them again: the cache and its safety.
 
-The library's file name holds a key (sources, torch version, compiler, flags, CPU features) and the digest of its own
-bytes, so a stale or damaged file is never loaded. It is compiled under a temporary name and renamed, so processes may
-start together or die half-way without harm.
+The library's file name holds a key (sources, torch version, compiler, flags, CPU features) and the
+digest of its own bytes, so a stale or damaged file is never loaded. It is compiled under a
+temporary name and renamed, so processes may start together or die half-way without harm.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def compiled_library() -> Path:
     """Return the compiled library for this machine, from the cache or freshly compiled.
 
     Raises:
-        UnavailableError: no compiler, a compiler that fails, or a cache directory that is unusable or unsafe.
+        UnavailableError: no compiler, one that fails, or a cache that is unusable or unsafe.
     """
     if sys.platform not in ("linux", "darwin"):
         raise UnavailableError(f"the C++ kernels are not built on {sys.platform}")
@@ -69,7 +69,7 @@ def _find_compiler() -> list[str]:
 
 
 def _cache_directory() -> Path:
-    """Return the per-user cache, made with mode 0700; refuse one that others own or can write to."""
+    """Return the per-user cache, of mode 0700; refuse one that others own or can write to."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     parent = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     directory = parent / "visionmamba"
@@ -96,7 +96,7 @@ def _cache_directory() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """Return what decides the machine code: sources, torch, flags, and the compiler's view of itself and this CPU."""
+    """Return what decides the machine code: sources, torch, flags, the compiler and its CPU."""
     digest = hashlib.sha256()
     for part in (torch.__version__, *compiler, *FLAGS):
         digest.update(part.encode() + b"\0")

@@ -1,7 +1,7 @@
-"""The compiled kernels as Python functions on tensors: the structures they share with C++ and the calls.
+"""The compiled kernels as functions on tensors: the structures shared with C++ and the calls.
 
-Every function expects what the faces of the ops have checked: CPU tensors, activations of one dtype out of float32,
-bfloat16 and float16, parameters and states float32.
+Every function expects what the faces of the ops have checked: CPU tensors, activations of one dtype
+out of float32, bfloat16 and float16, parameters and states float32.
 """
 
 import ctypes
@@ -87,7 +87,7 @@ class _NormProblem(ctypes.Structure):
 
 
 class _Arguments:
-    """Turns tensors into pointers and strides, and keeps the tensors alive until the call is over."""
+    """Turns tensors into pointers and strides, and keeps them alive until the call is over."""
 
     def __init__(self) -> None:
         self._alive: list[Tensor] = []
@@ -101,7 +101,7 @@ class _Arguments:
         return tensor.data_ptr()
 
     def view(self, tensor: Tensor | None) -> _View:
-        """Return a (B, L, channels) tensor as it lies, copied only when its channels are strided."""
+        """Return a (B, L, channels) tensor as it lies; only strided channels are copied."""
         if tensor is None or tensor.numel() == 0:
             return _View()
         if tensor.stride(2) != 1 and tensor.shape[2] != 1:
@@ -250,7 +250,7 @@ class Kernels:
         initial_state: _OptionalPair,
         scale: float,
     ) -> list[Tensor]:
-        """Return the gradients of x, projected, dt_weight, dt_bias, A, D, z and initial_state, pairs unrolled."""
+        """Return the gradients of x to initial_state in the op's order, pairs unrolled."""
         arguments = _Arguments()
         problem = _scan_problem(arguments, x[0], A[0], dy, z, 2, scale)
         dz = _empty(z, dy)
@@ -274,9 +274,9 @@ class Kernels:
             problem.directions[i] = direction
             rows.append((dx, dprojected, ddt_weight, ddt_bias, dA, dD, dinitial_state))
         _run(self._library.vim_scan_backward, problem)
-        dx, dprojected, *others, dinitial_state = zip(*rows, strict=True)
-        dprojected = tuple(gradient.to(projected[0].dtype) for gradient in dprojected)
-        return [*dx, *dprojected, *(one for pair in others for one in pair), dz, *dinitial_state]
+        columns = [gradient for pair in zip(*rows, strict=True) for gradient in pair]
+        columns[2:4] = [gradient.to(projected[0].dtype) for gradient in columns[2:4]]
+        return [*columns[:-2], dz, *columns[-2:]]
 
     def causal_conv1d(
         self,
@@ -363,7 +363,7 @@ class Kernels:
 
 
 def _empty(like: Tensor | None, otherwise: Tensor | None = None) -> Tensor:
-    """Return a contiguous tensor to be filled, empty and like `otherwise` when there is none to imitate."""
+    """Return a contiguous tensor to be filled; one without elements when `like` is None."""
     if like is None:
         assert otherwise is not None
         return otherwise.new_empty(0)

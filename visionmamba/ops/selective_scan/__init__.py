@@ -1,6 +1,7 @@
-"""The selective scan: the checked public face and the torch.library op with its fake implementation and gradients.
+"""The selective scan: the checked public face, the torch.library op, its fake and its gradients.
 
-Devices attach their kernels to the two ops below (`register_kernel`); without one the PyTorch path of chunked.py runs.
+Devices attach their kernels to the two ops below (`register_kernel`); without one the PyTorch path
+of chunked.py runs.
 """
 
 from typing import Any, Literal, overload
@@ -81,11 +82,13 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the selective state-space recurrence along the sequence.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,  y_t = C_t h_t + D x_t, then y * silu(z).   Mamba, selective SSM.
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,  y_t = C_t h_t + D x_t,  then y * silu(z).
+    (Mamba's selective SSM: A by zero-order hold, B by Euler's step.)
 
     Args:
-        x: (B, L, d_inner) float32, bfloat16 or float16; the recurrence itself runs in float32. A strided view whose last
-            axis is contiguous, such as xz[..., :d_inner], is read in place.
+        x: (B, L, d_inner) float32, bfloat16 or float16; the recurrence itself runs in float32.
+            A strided view whose last axis is contiguous, such as xz[..., :d_inner], is read in
+            place.
         dt: (B, L, d_inner); dt_bias is added, then softplus when dt_softplus.
         A: (d_inner, N) float32, negative.
         B: (B, L, N).
@@ -99,12 +102,13 @@ def selective_scan(
         return_state: return the last state too.
 
     Returns:
-        y (B, L, d_inner) in x's dtype (float16 stops at 65504 instead of infinity); with return_state also the last state (B, d_inner, N) float32. Gradients flow
-        through both and to every tensor given. All tensors in float64 are computed in float64, by the PyTorch path.
+        y (B, L, d_inner) in x's dtype (float16 stops at 65504 instead of infinity); with
+        return_state also the last state (B, d_inner, N) float32. Gradients flow through both and
+        to every tensor given. If all tensors are float64, so is the computation (in PyTorch).
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; the message names the argument, what it wanted, what it got and
-            the remedy.
+        ValueError: shapes, dtypes or devices disagree; the message names the argument, what it
+            wanted, what it got and the remedy.
     """
     op = "selective_scan"
     check_ndim(op, "x", x, "(B, L, d_inner)", 3)
@@ -160,7 +164,7 @@ def selective_scan(
 
 
 def checkpoint_length(device: torch.device) -> int:
-    """Return after how many tokens a forward scan on this device stores the state for the backward."""
+    """Return after how many tokens a scan on this device stores its state for the backward."""
     return _CHECKPOINT_LENGTHS.get(device.type, CHECKPOINT_LENGTH)
 
 
@@ -189,7 +193,11 @@ def _selective_scan(
     reverse: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the last state and, when save_states, the states entering every checkpoint_length tokens."""
+    """Return y, the last state and, when save_states, the checkpoints.
+
+    Checkpoints are the states that enter every checkpoint_length tokens; how their elements lie is
+    known only to the backward of the same backend.
+    """
     if x.device.type == "cpu" and x.dtype != torch.float64:
         kernels = cpu_backend().kernels
         if kernels is not None:
@@ -243,7 +251,7 @@ def _selective_scan_backward(
     dt_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, dt, A, B, C, D, z, dt_bias and initial_state, empty for inputs that are None."""
+    """Return the gradients of the nine tensors from x to initial_state, empty for those None."""
     if x.device.type == "cpu" and x.dtype != torch.float64:
         kernels = cpu_backend().kernels
         if kernels is not None:

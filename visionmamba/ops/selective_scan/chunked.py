@@ -1,7 +1,8 @@
 """The selective scan in plain PyTorch operations, for any device and without a compiler.
 
-All chunks of the sequence advance together, one position of the chunk a step, so L tokens take about 3 sqrt(L) steps of
-large tensor operations. Decays are only ever multiplied, never divided by, so underflow and large dt are harmless.
+All chunks of the sequence advance together, one position of the chunk a step, so L tokens take
+about 3 sqrt(L) steps of large tensor operations. Decays are only ever multiplied, never divided by, so
+underflow and large dt are harmless.
 """
 
 import math
@@ -18,7 +19,7 @@ _SLICE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class ScanGradients:
-    """Gradients of the bare recurrence, in the compute dtype, and the output recomputed on the way."""
+    """Gradients of the bare recurrence in the compute dtype, and the output recomputed for them."""
 
     y: Tensor
     dx: Tensor
@@ -50,12 +51,15 @@ def scan_forward(
     """Run the bare recurrence (dt is the final step size, no gate).
 
     Args:
-        x, dt: (B, L, E); A: (E, N); B, C: (B, L, N); D: (E,); initial_state: (B, E, N); all of one floating dtype.
+        x, dt: (B, L, E); A: (E, N); B, C: (B, L, N); D: (E,); initial_state: (B, E, N); all of
+            one floating dtype.
         reverse: scan from token L-1 to 0.
-        checkpoint_length: when given, also collect the states that enter each run of so many tokens.
+        checkpoint_length: when given, also collect the states that enter each run of so many
+            tokens.
 
     Returns:
-        y (B, L, E), last_state (B, E, N) and checkpoints (B, ceil(L / checkpoint_length), E, N), empty when not asked for.
+        y (B, L, E), last_state (B, E, N) and checkpoints (B, ceil(L / checkpoint_length), E, N),
+        empty when not asked for.
     """
     batch, length, d_inner = x.shape
     layout = _Layout(length, reverse)
@@ -93,7 +97,7 @@ def scan_backward(
     *,
     reverse: bool,
 ) -> ScanGradients:
-    """Return the gradients of `scan_forward`; works on slices of channels so that memory stays bounded."""
+    """Return the gradients of `scan_forward`, a slice of channels at a time to bound memory."""
     length, d_inner = x.shape[1:]
     slice_width = _SLICE_BYTES // (x.shape[0] * length * A.shape[1] * x.element_size())
     slice_width = max(1, min(d_inner, slice_width))
@@ -140,7 +144,7 @@ class _Layout:
             values = values.flip(1)
         # A padded token has dt = 0: it neither decays nor drives the state.
         padded = F.pad(values, (0, 0, 0, self.num_chunks * self.chunk - self.length))
-        return padded.unflatten(1, (self.num_chunks, self.chunk))
+        return padded.reshape(len(values), self.num_chunks, self.chunk, values.shape[2])
 
     def join(self, chunks: Tensor) -> Tensor:
         values = chunks.flatten(1, 2)[:, : self.length]
@@ -150,7 +154,7 @@ class _Layout:
 def _entering_states(
     dt: Tensor, A: Tensor, B: Tensor, drive: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the state that enters each chunk (B, chunks, E, N) and the one that leaves the last (B, E, N)."""
+    """Return the states entering the chunks (B, chunks, E, N) and leaving the last (B, E, N)."""
     num_chunks = dt.shape[1]
     h = torch.zeros_like(state).unsqueeze(1).repeat(1, num_chunks, 1, 1)
     for step in range(dt.shape[2]):
@@ -249,7 +253,7 @@ def selective_scan_chunked(
     reverse: bool,
     checkpoint_length: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y in x's dtype, the last state and the checkpoints of the whole op, gate and softplus included."""
+    """Return the whole op's y in x's dtype, last state and checkpoints."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = compute_dtype(x)
         step_size, _ = _step_size(dt.to(dtype), dt_bias, dt_softplus)
@@ -284,7 +288,7 @@ def selective_scan_backward_chunked(
     dt_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; an empty tensor where the input is None."""
+    """Return the gradients of the nine tensors from x to initial_state, empty for those None."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = compute_dtype(x)
         step_size, slope = _step_size(dt.to(dtype), dt_bias, dt_softplus)

@@ -1,6 +1,7 @@
-"""The selective scan one token at a time, with its backward written out by hand: the oracle of every other backend.
+"""The selective scan one token at a time, its backward by hand: the oracle of every other backend.
 
-Slow and plain on purpose; works in the dtype of its inputs, so float64 in gives float64 out. Not for use in models.
+Slow and plain on purpose; works in the dtype of its inputs, so float64 in gives float64 out. Not
+for use in models.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def selective_scan_reference(
     initial_state: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (B, L, d_inner) and the last state (B, d_inner, N); arguments as in `visionmamba.ops.selective_scan`."""
+    """Return y (B, L, d_inner) and the last state (B, d_inner, N) of the same arguments."""
     step_size = _step_size(dt, dt_bias, dt_softplus)
     states = _states(x, step_size, A, B, initial_state, reverse)
     y = _ungated(x, C, D, states)
@@ -64,7 +65,8 @@ def selective_scan_reference_backward(
 ) -> ReferenceGradients:
     """Return the gradients given those of y and of the last state (None for zero).
 
-    With lam_t the gradient of h_t:  lam_t = C_t dy_t + exp(dt_{t+1} A) lam_{t+1}; every other gradient is local in t.
+    With lam_t the gradient of h_t:  lam_t = C_t dy_t + exp(dt_{t+1} A) lam_{t+1}; every other
+    gradient is local in t.
     """
     step_size = _step_size(dt, dt_bias, dt_softplus)
     states = _states(x, step_size, A, B, initial_state, reverse)
