@@ -1,6 +1,7 @@
 """One run from beginning to end: what it leaves, what it refuses, how it stops."""
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -86,6 +87,27 @@ def test_finished_run_is_left_as_it_is(finished: FitResult) -> None:
     again = train(small_recipe(), finished.out)
     assert again == replace(finished, was_finished=True)
     assert {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")} == before
+
+
+def test_run_that_died_after_its_last_epoch_is_completed(
+    finished: FitResult, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    expected = (out / "last.safetensors").read_bytes()
+    for name in ("results.json", "last.safetensors", "curves.png"):
+        (out / name).unlink()
+    result = train(small_recipe(), out)
+    assert result.metrics == finished.metrics
+    assert result.steps == finished.steps
+    assert (out / "last.safetensors").read_bytes() == expected
+    assert (out / "results.json").exists()
+
+
+def test_random_state_of_the_caller_is_kept(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    train(small_recipe(epochs=1), tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_finished_run_of_another_recipe_is_refused(finished: FitResult) -> None:
@@ -239,6 +261,13 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match="is a file, wanted a folder for the run"):
         train(small_recipe(), tmp_path / "run")
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds a metrics\.csv but no recipe\.json, so it is not"):
+        train(small_recipe(), tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_unknown_device_is_refused(tmp_path: Path) -> None:

@@ -103,10 +103,10 @@ def fit(
     if checkpoint_every_steps < 1:
         raise ValueError(f"checkpoint_every_steps must be at least 1, got {checkpoint_every_steps}")
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, wanted a folder for the run; give another --out")
+    _refuse_foreign_files(out)
     target = resolve_device(device)
-    with torch.random.fork_rng():
+    devices = [target] if target.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(recipe.seed)
         experiment = recipe.build(num_workers=num_workers)
     identity = _identity(recipe, experiment)
@@ -117,7 +117,7 @@ def fit(
     is_own_folder = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=devices):
             return _train(
                 experiment,
                 out,
@@ -162,8 +162,9 @@ def _train(
     checkpoint = out / CHECKPOINT
     state: dict[str, Any] = {}
     if checkpoint.exists():
-        state = read_checkpoint(checkpoint).get(STATE_KEY, {})
+        state = read_checkpoint(checkpoint)[STATE_KEY]
         _refuse_other_recipe(out, json.loads(state["identity"]), identity)
+    replace_json(out / _RECIPE, identity)
     stop = StopRequest()
     recorder = Recorder(
         experiment,
@@ -178,7 +179,6 @@ def _train(
         monitor = experiment.task.monitor
         bar = ProgressBar(recorder, title=recipe.name, epochs=experiment.epochs, monitor=monitor)
         callbacks.append(bar)
-    replace_json(out / _RECIPE, identity)
     engine = Engine(experiment, seed=recipe.seed)
     with _quiet_lightning():
         trainer = lightning.Trainer(
@@ -278,6 +278,20 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}".removeprefix("recipe.")] = value
     return flat
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    """Raises ValueError when files of somebody else would be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, wanted a folder for the run; give another --out")
+    if (out / _RECIPE).exists():
+        return
+    for name in (*_OWN_FILES, RESULTS, CHECKPOINT):
+        if (out / name).exists():
+            raise ValueError(
+                f"{out} holds a {name} but no {_RECIPE}, so it is not a run of ours and is left "
+                "alone; give another --out"
+            )
 
 
 def _remove_leftovers(out: Path, *, with_folder: bool) -> None:
