@@ -4,29 +4,25 @@ Backends take turns, and each is compared with the PyTorch path: no fast wrong a
 """
 
 import csv
-import functools
 import json
 import os
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from visionmamba.bench.machine import Machine, describe_machine
+from visionmamba.bench.op_cases import Backend, OpCase, Pass, op_cases
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-Backend = Literal["cpp", "cuda", "torch", "reference"]
-Pass = Literal["forward", "forward + backward"]
-
 _LENGTH, _QUICK_LENGTH = 6085, 1025
-_D_MODEL, _D_INNER, _D_STATE, _DT_RANK, _D_CONV = 192, 384, 16, 12, 4
 _TURN_SECONDS = 0.05
 _MOST_PASSES = 1000
 _SHORT: dict[Pass, str] = {"forward": "forward", "forward + backward": "+ backward"}
@@ -102,8 +98,28 @@ class KernelsResult:
             previous = (row.op, row.direction)
         return table
 
+    def to_markdown(self) -> str:
+        """Return the timings as a table for a document, with their circumstances below."""
+        lines = [
+            "| op | shape | pass | backend | ms | GB/s | difference |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in self.timings:
+            spread = (row.milliseconds_high - row.milliseconds_low) / 2
+            cells = (
+                row.op,
+                row.shape,
+                row.direction,
+                row.backend,
+                f"{row.milliseconds:.2f} ±{spread:.2f}",
+                f"{row.gigabytes_per_second:.1f}",
+                "" if row.difference is None else f"{row.difference:.0e}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join((*lines, "", self.machine.sentence(), ""))
+
     def save(self, folder: Path) -> list[Path]:
-        """Write CSV and JSON into a folder and return their paths."""
+        """Write CSV, JSON and Markdown into a folder and return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"kernels_{'cuda' if self.machine.accelerator else 'cpu'}"
         table, record = folder / f"{stem}.csv", folder / f"{stem}.json"
@@ -112,7 +128,9 @@ class KernelsResult:
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.timings)
         record.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        return [table, record]
+        summary = folder / f"{stem}.md"
+        summary.write_text(self.to_markdown(), encoding="utf-8")
+        return [table, record, summary]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,16 +187,16 @@ class Kernels:
         machine = describe_machine(device, command=self.command)
         timings: list[KernelTiming] = []
         with console.status("preparing") as status:
-            for case in _cases(length, device):
+            for case in op_cases(length, device):
                 status.update(f"timing {case.op}")
                 timings += self._time(case, _backends(case, device, quick=self.quick))
         result = KernelsResult(machine=machine, num_tokens=length, timings=tuple(timings))
         console.print(result.table())
         paths = result.save(self.out)
-        console.print("wrote " + ", ".join(str(path) for path in paths), highlight=False)
+        console.print(f"wrote {len(paths)} files: {self.out}/{paths[0].stem}*", highlight=False)
         return result
 
-    def _time(self, case: "_Case", backends: tuple[Backend, ...]) -> list[KernelTiming]:
+    def _time(self, case: "OpCase", backends: tuple[Backend, ...]) -> list[KernelTiming]:
         rows = []
         outputs: dict[Backend, torch.Tensor] = {}
         for direction in _PASSES:
@@ -213,132 +231,7 @@ class Kernels:
         return rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Case:
-    """One op with its inputs; all of them get gradients."""
-
-    op: str
-    shape: str
-    inputs: "tuple[torch.Tensor, ...]"
-    call: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]"
-    reference: "Callable[..., torch.Tensor] | None" = None
-
-    @functools.cached_property
-    def output_gradients(self) -> "tuple[torch.Tensor, ...]":
-        """Ones for every output."""
-        import torch
-
-        return tuple(map(torch.ones_like, self.forward("torch")))
-
-    def forward(self, backend: Backend) -> "tuple[torch.Tensor, ...]":
-        import torch
-
-        call = self.reference if backend == "reference" and self.reference else self.call
-        with torch.inference_mode():
-            return _as_tuple(call(*self.inputs))
-
-    def train(self) -> None:
-        import torch
-
-        torch.autograd.grad(_as_tuple(self.call(*self.inputs)), self.inputs, self.output_gradients)
-
-    def num_bytes(self, direction: Pass) -> int:
-        """Bytes of inputs and outputs; the backward reads the inputs again and writes as much."""
-        inputs = sum(tensor.numel() * tensor.element_size() for tensor in self.inputs)
-        outputs = sum(t.numel() * t.element_size() for t in self.output_gradients)
-        return inputs + outputs if direction == "forward" else 3 * inputs + 2 * outputs
-
-
-def _cases(length: int, device: str) -> "Iterator[_Case]":
-    import torch
-
-    from visionmamba.ops import (
-        bidirectional_conv1d,
-        bidirectional_scan,
-        causal_conv1d,
-        rms_norm,
-        selective_scan,
-    )
-    from visionmamba.ops.selective_scan.reference import selective_scan_reference
-
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device).requires_grad_()
-
-    def decay_rates() -> torch.Tensor:
-        rates = -torch.arange(1.0, _D_STATE + 1, device=device).repeat(_D_INNER, 1)
-        return rates.requires_grad_()
-
-    def step_sizes() -> torch.Tensor:
-        return (random(1, length, _D_INNER).detach().abs() * 0.1).requires_grad_()
-
-    tokens = (1, length, _D_INNER)
-    yield _Case(
-        op="selective_scan",
-        shape=f"(1, {length}, {_D_INNER}, N {_D_STATE})",
-        inputs=(
-            random(*tokens),
-            step_sizes(),
-            decay_rates(),
-            random(1, length, _D_STATE),
-            random(1, length, _D_STATE),
-            random(_D_INNER),
-        ),
-        call=selective_scan,
-        reference=lambda *inputs: selective_scan_reference(*inputs)[0],
-    )
-    projected = _DT_RANK + 2 * _D_STATE
-    yield _Case(
-        op="bidirectional_scan",
-        shape=f"(1, {length}, {_D_INNER}, N {_D_STATE}) both directions, gated",
-        inputs=(
-            *(random(*tokens) for _ in range(2)),
-            *(random(1, length, projected) for _ in range(2)),
-            *(random(_D_INNER, _DT_RANK) for _ in range(2)),
-            *(random(_D_INNER) for _ in range(2)),
-            *(decay_rates() for _ in range(2)),
-            *(random(_D_INNER) for _ in range(2)),
-            random(*tokens),
-        ),
-        call=lambda *inputs: bidirectional_scan(
-            inputs[0:2],
-            inputs[2:4],
-            inputs[4:6],
-            inputs[6:8],
-            inputs[8:10],
-            inputs[10:12],
-            z=inputs[12],
-            scale=0.5,
-        ),
-    )
-    yield _Case(
-        op="causal_conv1d",
-        shape=f"(1, {length}, {_D_INNER}) {_D_CONV} taps, SiLU",
-        inputs=(random(*tokens), random(_D_INNER, _D_CONV), random(_D_INNER)),
-        call=lambda x, weight, bias: causal_conv1d(x, weight, bias, activation="silu"),
-    )
-    yield _Case(
-        op="bidirectional_conv1d",
-        shape=f"(1, {length}, {_D_INNER}) {_D_CONV} taps, SiLU, both directions",
-        inputs=(
-            random(*tokens),
-            *(random(_D_INNER, _D_CONV) for _ in range(2)),
-            *(random(_D_INNER) for _ in range(2)),
-        ),
-        call=lambda x, *weights: bidirectional_conv1d(
-            x, weights[:2], weights[2:], activation="silu"
-        ),
-    )
-    yield _Case(
-        op="rms_norm",
-        shape=f"(1, {length}, {_D_MODEL}) with residual",
-        inputs=(random(1, length, _D_MODEL), random(_D_MODEL), random(1, length, _D_MODEL)),
-        call=lambda x, weight, residual: rms_norm(x, weight, residual=residual),
-    )
-
-
-def _backends(case: _Case, device: str, *, quick: bool) -> tuple[Backend, ...]:
+def _backends(case: OpCase, device: str, *, quick: bool) -> tuple[Backend, ...]:
     from visionmamba.ops import backends
 
     chosen = {
@@ -369,14 +262,14 @@ def _forced(backend: Backend) -> Iterator[None]:
         forget_choice()
 
 
-def _passes_in_a_turn(case: _Case, direction: Pass, backend: Backend) -> int:
+def _passes_in_a_turn(case: OpCase, direction: Pass, backend: Backend) -> int:
     """How many passes fill a turn; the first two runs warm up."""
     _turn(case, direction, backend, 1)
     seconds = _turn(case, direction, backend, 1)
     return max(1, min(_MOST_PASSES, round(_TURN_SECONDS / seconds)))
 
 
-def _turn(case: _Case, direction: Pass, backend: Backend, passes: int) -> float:
+def _turn(case: OpCase, direction: Pass, backend: Backend, passes: int) -> float:
     """Return the seconds of one pass, the mean over a turn."""
     _synchronize(case)
     begin = time.perf_counter()
@@ -389,11 +282,7 @@ def _turn(case: _Case, direction: Pass, backend: Backend, passes: int) -> float:
     return (time.perf_counter() - begin) / passes
 
 
-def _as_tuple(outputs: "torch.Tensor | tuple[torch.Tensor, ...]") -> "tuple[torch.Tensor, ...]":
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def _synchronize(case: _Case) -> None:
+def _synchronize(case: OpCase) -> None:
     import torch
 
     if case.inputs[0].is_cuda:

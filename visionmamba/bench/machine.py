@@ -37,6 +37,14 @@ class Machine:
     command: str
     """The command that remakes it."""
 
+    def sentence(self) -> str:
+        """Say all of it in one line of Markdown, for below a table."""
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return (
+            f"`{self.command}`: {self.accelerator or self.processor}, {self.num_threads} threads, "
+            f"{versions}, commit {self.commit}, {self.date}."
+        )
+
 
 def describe_machine(device: str, *, command: str) -> Machine:
     """Describe this machine as the given torch device ("cpu", "cuda") sees it."""

@@ -65,18 +65,7 @@ def to_markdown(result: "EfficiencyResult") -> str:
             _ratio_cell(result.memory_ratio(side)),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    machine = result.machine
-    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
-    return "\n".join(
-        (
-            *lines,
-            "",
-            f"`{machine.command}`: {machine.accelerator or machine.processor}, "
-            f"{machine.num_threads} threads, {versions}, commit {machine.commit}, "
-            f"{machine.date}. {result.sentence()}",
-            "",
-        )
-    )
+    return "\n".join((*lines, "", f"{result.machine.sentence()} {result.sentence()}", ""))
 
 
 def _time_cell(row: "Measurement") -> str:
