@@ -45,6 +45,7 @@ def test_number_of_classes_comes_from_the_data(tmp_path: Path) -> None:
                 Image.new("RGB", (20, 20)).save(tmp_path / split / name / f"{number}.png")
     recipe = RECIPES["folder_vim"]()
     recipe = replace(recipe, data=replace(recipe.data, root=tmp_path), batch_size=2)
+    recipe = replace(recipe, model=replace(recipe.model, d_model=16, depth=1))
     experiment = recipe.build()
     assert experiment.data_summary["class_names"] == ["a", "b", "c"]
     images = next(iter(experiment.train_batches)).images
@@ -69,15 +70,15 @@ def test_counts_below_one_are_refused(field: str) -> None:
         replace(digits_deit(), **{field: 0})
 
 
-def accuracy_after_six_epochs(out: Path) -> float:
-    recipe = replace(digits_vim(), epochs=6, model=replace(digits_vim().model, depth=2))
+def accuracy_after_four_epochs(out: Path) -> float:
+    recipe = replace(digits_vim(), epochs=4, model=replace(digits_vim().model, depth=2))
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, warmup_epochs=1))
     return fit(recipe, out, device="cpu", progress=False).metrics["val_accuracy"]
 
 
 @pytest.mark.slow
 def test_vim_learns_the_digits(tmp_path: Path) -> None:
-    assert accuracy_after_six_epochs(tmp_path / "run") > 0.8
+    assert accuracy_after_four_epochs(tmp_path / "run") > 0.8
 
 
 @pytest.mark.slow
@@ -89,7 +90,7 @@ def test_vim_learns_nothing_from_shuffled_labels(
     bunch = datasets.load_digits()
     bunch.target = np.random.default_rng(0).permutation(bunch.target)
     monkeypatch.setattr(datasets, "load_digits", lambda: bunch)
-    assert accuracy_after_six_epochs(tmp_path / "run") < 0.3
+    assert accuracy_after_four_epochs(tmp_path / "run") < 0.3
 
 
 def test_weights_are_drawn_from_torchs_generator() -> None:

@@ -164,7 +164,7 @@ def test_resume_with_another_recipe_is_refused_and_changes_nothing(tmp_path: Pat
     other = replace(recipe, seed=4, optimizer=replace(recipe.optimizer, lr=0.5))
     with pytest.raises(ValueError) as caught:
         train(other, out)
-    assert "optimizer.lr is 0.003 there and 0.5 here; seed is 0 there and 4 here" in str(
+    assert "optimizer.lr is 0.002 there and 0.5 here; seed is 0 there and 4 here" in str(
         caught.value
     )
     assert {path: path.read_bytes() for path in out.glob("*.*")} == before
@@ -225,7 +225,7 @@ def test_non_finite_value_stops_naming_step_rate_and_layer(
     with pytest.raises(NonFiniteError) as caught:
         train(broken(name), tmp_path / "run")
     sentence = str(caught.value)
-    assert sentence.startswith("training stopped at step 1 with learning rate 0.000136: ")
+    assert sentence.startswith("training stopped at step 1 with learning rate 9.09e-05: ")
     assert message in sentence
     assert "lower optimizer.lr" in sentence
     assert not (tmp_path / "run").exists()

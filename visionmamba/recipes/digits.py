@@ -14,9 +14,9 @@ _PREPROCESSING = Preprocessing(
     channels="L",
 )
 _AUGMENTATION = Augmentation(rotation_degrees=10, translation=0.1, zoom=0.1)
-_OPTIMIZER = OptimizerConfig(lr=3e-3, warmup_epochs=3, weight_decay=0.05)
-_EPOCHS = 40
-_BATCH_SIZE = 64
+_OPTIMIZER = OptimizerConfig(lr=2e-3, warmup_epochs=5, weight_decay=0.05)
+_EPOCHS = 50
+_BATCH_SIZE = 32
 
 
 def digits_vim() -> Recipe:
