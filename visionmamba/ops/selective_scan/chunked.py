@@ -1,8 +1,8 @@
 """The selective scan in plain PyTorch operations, for any device and without a compiler.
 
 All chunks of the sequence advance together, one position of the chunk a step, so L tokens take
-about 3 sqrt(L) steps of large tensor operations. Decays are only ever multiplied, never divided by, so
-underflow and large dt are harmless.
+about 3 sqrt(L) steps of large tensor operations. Decays are only ever multiplied, never divided
+by, so underflow and large dt are harmless.
 """
 
 import math
