@@ -26,8 +26,6 @@ from visionmamba.ops.selective_scan.chunked import (
 
 __all__ = ["checkpoint_length", "num_checkpoints", "selective_scan"]
 
-_CHECKPOINT_LENGTHS = {"cpu": CHECKPOINT_LENGTH}
-
 
 @overload
 def selective_scan(
@@ -163,15 +161,18 @@ def selective_scan(
     return (y, last_state) if return_state else y
 
 
-def checkpoint_length(device: torch.device) -> int:
-    """Return after how many tokens a scan on this device stores its state for the backward."""
-    return _CHECKPOINT_LENGTHS.get(device.type, CHECKPOINT_LENGTH)
+def checkpoint_length(device: torch.device) -> int | None:
+    """Return after how many tokens a scan on this device stores its state for the backward.
+
+    None where the backward runs the forward again instead of storing anything.
+    """
+    return CHECKPOINT_LENGTH if device.type == "cpu" else None
 
 
 def num_checkpoints(length: int, device: torch.device) -> int:
     """Return how many states a forward scan over `length` tokens stores for the backward."""
     every = checkpoint_length(device)
-    return (length + every - 1) // every
+    return 0 if every is None else (length + every - 1) // every
 
 
 def _as_parameter(tensor: Tensor | None, x: Tensor) -> Tensor | None:
