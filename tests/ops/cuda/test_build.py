@@ -1,0 +1,80 @@
+"""The CUDA kernels compile for every architecture, and their cache survives races and damage."""
+
+import os
+import stat
+
+import pytest
+
+from visionmamba.ops.selective_scan.cuda import build
+from visionmamba.ops.selective_scan.cuda.build import UnavailableError, compiled_kernels
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SMALL = b'extern "C" __global__ void nothing_kernel() {}'
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "visionmamba"
+
+
+@pytest.fixture
+def small_source(tmp_path, monkeypatch):
+    source = tmp_path / "small.cu"
+    source.write_bytes(SMALL)
+    monkeypatch.setattr(build, "SOURCE", source)
+    return source
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles(architecture):
+    code = build.compile_kernels(build.SOURCE.read_bytes(), architecture)
+    for kernel in ("scan_forward", "scan_sequence", "scan_chunks", "scan_backward"):
+        assert f"{kernel}_kernel_bfloat16_softplus".encode() in code
+
+
+def test_compiled_once_and_found_again(cache, small_source, monkeypatch):
+    code = compiled_kernels("sm_90")
+    monkeypatch.setattr(build, "compile_kernels", None)
+    assert compiled_kernels("sm_90") == code
+
+
+def test_another_source_is_another_binary(cache, small_source):
+    compiled_kernels("sm_90")
+    small_source.write_bytes(SMALL.replace(b"nothing", b"something"))
+    assert b"something_kernel" in compiled_kernels("sm_90")
+
+
+def test_a_damaged_binary_is_compiled_again(cache, small_source):
+    code = compiled_kernels("sm_90")
+    (path,) = cache.glob("*.cubin")
+    path.write_bytes(code[:-1])
+    assert compiled_kernels("sm_90") == code
+
+
+def test_no_partial_file_is_left_when_storing_fails(cache, small_source, monkeypatch):
+    monkeypatch.setattr(os, "replace", _fail)
+    with pytest.raises(UnavailableError, match="cannot be stored"):
+        compiled_kernels("sm_90")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_others_can_write_to_is_refused(cache, small_source):
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(UnavailableError, match="set XDG_CACHE_HOME"):
+        compiled_kernels("sm_90")
+
+
+def test_the_cache_is_private(cache, small_source):
+    compiled_kernels("sm_90")
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+def test_a_mistake_in_the_source_is_shown():
+    with pytest.raises(UnavailableError, match="expected"):
+        build.compile_kernels(b"mistake", "sm_90")
+
+
+def _fail(*_):
+    raise OSError("no space")

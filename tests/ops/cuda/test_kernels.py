@@ -1,0 +1,147 @@
+"""The CUDA kernels against float64 on the GPU: shapes that fill, split and overhang their tiles."""
+
+import pytest
+import torch
+
+from visionmamba.ops.selective_scan.chunked import (
+    selective_scan_backward_chunked,
+    selective_scan_chunked,
+)
+from visionmamba.ops.selective_scan.cuda.library import Direction, scan_backward, scan_forward
+
+pytestmark = pytest.mark.gpu
+
+# bfloat16 results are rounded to 2^-9; the sums over channels round their terms too.
+VALUE_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2.5e-3, torch.float16: 6e-4}
+GRADIENT_TOLERANCE = 4e-3
+NAMES = ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias", "dinitial_state")
+
+FULL, FEW, MANY = (2, 40, 197), (1, 48, 6085), (70, 256, 9)
+SHAPES = [(1, 2, 1), (2, 16, 8), (3, 18, 31), FULL, (1, 384, 1025), FEW, MANY, (1, 32, 65537)]
+
+
+def relative_error(actual, expected):
+    if not torch.isfinite(actual).all():
+        return float("nan")
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def make_direction(shape, *, reverse=False, dtype=torch.bfloat16, d_state=16):
+    batch, length, channels = shape[0], shape[2], shape[1]
+    generator = torch.Generator("cuda").manual_seed(length)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, device="cuda")
+
+    projected = normal(batch, length, 12 + 2 * d_state).to(dtype)
+    _, B, C = projected.split([12, d_state, d_state], -1)
+    return Direction(
+        x=normal(batch, length, channels).to(dtype),
+        dt=normal(batch, length, channels).to(dtype),
+        A=-torch.rand((channels, d_state), generator=generator, device="cuda") * 8,
+        B=B,
+        C=C,
+        D=normal(channels),
+        dt_bias=normal(channels) - 4,
+        initial_state=normal(batch, channels, d_state),
+        reverse=reverse,
+    )
+
+
+def in_float64(direction):
+    names = ("x", "dt", "A", "B", "C", "D")
+    given = [getattr(direction, name).double() for name in names]
+    return (*given, None, direction.dt_bias.double(), direction.initial_state.double(), True)
+
+
+def backward_in_float64(direction, dy, dlast_state):
+    grads = selective_scan_backward_chunked(
+        dy.double(), dlast_state.double(), *in_float64(direction), direction.reverse
+    )
+    names = ("dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dinitial_state")
+    return dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_match_float64(shape, dtype, reverse):
+    direction = make_direction(shape, dtype=dtype, reverse=reverse)
+    expected_y, expected_state, _ = selective_scan_chunked(*in_float64(direction), reverse, None)
+    ((y, state),) = scan_forward([direction], dt_softplus=True)
+    assert relative_error(y, expected_y) < VALUE_TOLERANCE[dtype]
+    assert relative_error(state, expected_state) < VALUE_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_match_float64(shape, reverse):
+    direction = make_direction(shape, reverse=reverse)
+    dy = torch.randn_like(direction.x)
+    dlast_state = torch.randn_like(direction.initial_state)
+    expected = backward_in_float64(direction, dy, dlast_state)
+    (actual,) = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
+    for name in NAMES:
+        assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("d_state", [3, 8, 32, 64])
+def test_any_number_of_states(d_state):
+    direction = make_direction(FULL, d_state=d_state)
+    dy = torch.randn_like(direction.x)
+    dlast_state = torch.randn_like(direction.initial_state)
+    expected = backward_in_float64(direction, dy, dlast_state)
+    (actual,) = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
+    for name in NAMES:
+        assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name
+
+
+def test_both_directions_in_one_launch_equal_two():
+    directions = [make_direction(FULL), make_direction(FULL, reverse=True)]
+    for direction, (y, state) in zip(
+        directions, scan_forward(directions, dt_softplus=True), strict=True
+    ):
+        ((alone, alone_state),) = scan_forward([direction], dt_softplus=True)
+        assert torch.equal(y, alone)
+        assert torch.equal(state, alone_state)
+
+
+def test_deterministic_gradients_have_equal_bits():
+    direction = make_direction((2, 384, 197))
+    dy = torch.randn_like(direction.x)
+    first, second = (scan_backward([direction], [dy], [None], dt_softplus=True)[0] for _ in (0, 1))
+    for name in ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_gradients_added_with_atomics_match_float64():
+    torch.use_deterministic_algorithms(False)
+    direction = make_direction((2, 384, 197))
+    dy = torch.randn_like(direction.x)
+    dlast_state = torch.randn_like(direction.initial_state)
+    expected = backward_in_float64(direction, dy, dlast_state)
+    (actual,) = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
+    for name in NAMES:
+        assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name
+
+
+def test_huge_steps_and_vanished_decays_stay_finite_and_right():
+    direction = make_direction(FULL)
+    direction.dt[:, ::7] = 100.0
+    direction.dt[:, 3::7] = -100.0
+    expected, _, _ = selective_scan_chunked(*in_float64(direction), False, None)
+    ((y, _),) = scan_forward([direction], dt_softplus=True)
+    assert relative_error(y, expected) < VALUE_TOLERANCE[torch.bfloat16]
+
+
+def test_the_batch_is_cut_where_the_states_would_fill_the_memory(monkeypatch):
+    from visionmamba.ops.selective_scan.cuda import library
+
+    direction = make_direction((5, 32, 40))
+    dy = torch.randn_like(direction.x)
+    (whole,) = scan_backward([direction], [dy], [None], dt_softplus=True)
+    monkeypatch.setattr(library, "_SCRATCH_BYTES", 1 << 16)
+    (cut,) = scan_backward([direction], [dy], [None], dt_softplus=True)
+    for name in ("dx", "ddt", "dB", "dC", "dinitial_state"):
+        assert torch.equal(getattr(cut, name), getattr(whole, name)), name
+    assert relative_error(cut.dA, whole.dA.double()) < 1e-6

@@ -1,0 +1,468 @@
+"""The compiled kernels as Python functions on tensors: structures shared with scan.cu, launches.
+
+Every function expects what the faces of the ops have checked: tensors of one GPU, activations of
+one dtype out of float32, bfloat16 and float16, parameters and states float32.
+"""
+
+import ctypes
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visionmamba.ops.selective_scan.cuda.build import UnavailableError, compiled_kernels
+
+STATES = 16
+"""States of a tile; more are scanned in slices of as many."""
+GROUP = 8
+"""Tokens of a turn; the state entering each group is what a backward needs."""
+_WARPS, _MAX_RINGS = 4, 3
+_SCRATCH_BYTES = 1 << 30
+_SHARED_BYTES = _MAX_RINGS * _WARPS * (64 * 16 + 2 * (64 * 16 + 5 * 256) + 256 + 8 * 64 * 16)
+_FORWARD_READS, _BACKWARD_READS = (2, 2), (8, 4)
+"""Neighbouring channels and states that the kernels read at once."""
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Direction:
+    """One scan: activations (B, L, E) and (B, L, N), parameters (E, N) and (E,), entering state."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    reverse: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Gradients of one scan: dx and ddt in the activations' dtype, the others float32."""
+
+    dx: Tensor
+    ddt: Tensor
+    dA: Tensor
+    dB: Tensor
+    dC: Tensor
+    dD: Tensor | None
+    ddt_bias: Tensor
+    dinitial_state: Tensor | None
+
+
+class _Direction(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "dt", "B", "C", "dy")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "dt_bias", "initial_state")),
+        *((name, ctypes.c_void_p) for name in ("dlast_state", "y", "dx", "ddt", "last_state")),
+        *((name, ctypes.c_void_p) for name in ("dB", "dC", "dA", "dD", "ddt_bias")),
+        ("dinitial_state", ctypes.c_void_p),
+        *((f"{name}_batch", ctypes.c_int64) for name in ("x", "dt", "B", "C", "dy")),
+        *((f"{name}_token", ctypes.c_int32) for name in ("x", "dt", "B", "C", "dy")),
+        ("reverse", ctypes.c_int32),
+    )
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("direction", _Direction * 2),
+        *((name, ctypes.c_void_p) for name in ("states", "carry", "carry_dt")),
+        *((name, ctypes.c_int32) for name in ("batch", "length", "channels", "num_directions")),
+        *((name, ctypes.c_int32) for name in ("chunk_length", "num_chunks")),
+        ("partial_stride", ctypes.c_int64),
+    )
+
+
+def scan_forward(
+    directions: Sequence[Direction], *, dt_softplus: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Return y (B, L, E) and the last state (B, E, N) of each direction."""
+    shape, d_state = directions[0].x.shape, directions[0].A.shape[1]
+    totals: list[Tensor] = []
+    states: list[list[Tensor]] = [[] for _ in directions]
+    for sliced in _slices(directions, multiple=2, reads=_FORWARD_READS):
+        for i, (y, last_state) in enumerate(_forward(sliced, dt_softplus, None)):
+            if len(totals) < len(directions):
+                totals.append(y)
+            else:
+                totals[i] = totals[i] + y
+            states[i].append(last_state)
+    return [
+        (y[..., : shape[2]], torch.cat(parts, -1)[:, : shape[2], :d_state])
+        for y, parts in zip(totals, states, strict=True)
+    ]
+
+
+def scan_backward(
+    directions: Sequence[Direction],
+    dy: Sequence[Tensor],
+    dlast_state: Sequence[Tensor | None],
+    *,
+    dt_softplus: bool,
+) -> list[Gradients]:
+    """Return all gradients of each direction; runs the forward again for the states it needs."""
+    batch, length, channels = directions[0].x.shape
+    d_state = directions[0].A.shape[1]
+    tiles = (channels + STATES - 1) // STATES
+    groups = (length + GROUP - 1) // GROUP
+    at_once = max(1, _SCRATCH_BYTES // (len(directions) * tiles * groups * STATES * STATES * 4))
+    rows: list[list[list[Gradients]]] = [[] for _ in directions]
+    for start in range(0, batch, at_once):
+        part = slice(start, min(start + at_once, batch))
+        parts: list[list[Gradients]] = [[] for _ in directions]
+        for index, sliced in enumerate(
+            _slices([_rows(d, part) for d in directions], multiple=STATES, reads=_BACKWARD_READS)
+        ):
+            states = slice(index * STATES, (index + 1) * STATES)
+            given = [
+                None if d is None else _padded(d[part, :, states].contiguous(), sliced[0].A.shape)
+                for d in dlast_state
+            ]
+            scratch = dy[0].new_empty(
+                len(directions) * (part.stop - start) * tiles * groups * STATES * STATES,
+                dtype=torch.float32,
+            )
+            _forward(sliced, dt_softplus, scratch)
+            for i, gradients in enumerate(
+                _backward(sliced, [d[part] for d in dy], given, scratch, dt_softplus)
+            ):
+                parts[i].append(gradients)
+        for i, of_direction in enumerate(parts):
+            rows[i].append(of_direction)
+    return [
+        _joined(direction, of_direction, channels, d_state)
+        for direction, of_direction in zip(directions, rows, strict=True)
+    ]
+
+
+def _rows(direction: Direction, part: slice) -> Direction:
+    state = direction.initial_state
+    return replace(
+        direction,
+        **{name: getattr(direction, name)[part] for name in ("x", "dt", "B", "C")},
+        initial_state=None if state is None else state[part],
+    )
+
+
+def _joined(
+    direction: Direction, rows: list[list[Gradients]], channels: int, d_state: int
+) -> Gradients:
+    """Return the gradients of a direction from those of parts of the batch and of the states."""
+
+    def over_batch(name: str, *, states: bool) -> Tensor:
+        values = []
+        for of_part in rows:
+            found = [getattr(gradients, name) for gradients in of_part]
+            values.append(_cat(found, -1)[..., :d_state] if states else _total(found))
+        return _cat(values, 0)
+
+    def summed(name: str, *, states: bool) -> Tensor:
+        values = []
+        for of_part in rows:
+            found = [getattr(gradients, name) for gradients in of_part]
+            values.append(_cat(found, -1)[..., :d_state] if states else found[0])
+        return _total(values)[:channels]
+
+    initial = direction.initial_state
+    return Gradients(
+        dx=over_batch("dx", states=False)[..., :channels],
+        ddt=over_batch("ddt", states=False)[..., :channels],
+        dB=over_batch("dB", states=True),
+        dC=over_batch("dC", states=True),
+        dA=summed("dA", states=True),
+        dD=None if direction.D is None else summed("dD", states=False),
+        ddt_bias=_total([gradients.ddt_bias for of_part in rows for gradients in of_part])[
+            :channels
+        ],
+        dinitial_state=None
+        if initial is None
+        else over_batch("dinitial_state", states=True)[:, :channels],
+    )
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _total(tensors: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
+
+
+def _slices(
+    directions: Sequence[Direction], *, multiple: int, reads: tuple[int, int]
+) -> list[list[Direction]]:
+    """Return the directions with whole pairs or tiles of channels, once a slice of 16 states.
+
+    Only the first slice keeps D, so that the slices add up.
+    """
+    channels, d_state = directions[0].A.shape
+    width = -(-channels // multiple) * multiple
+    slices = []
+    for start in range(0, d_state, STATES):
+        states = slice(start, start + STATES)
+        slices.append(
+            [
+                Direction(
+                    x=_as_read(_widened(d.x, width), reads[0]),
+                    dt=_as_read(_widened(d.dt, width), reads[0]),
+                    A=_padded(d.A[:, states], (width, STATES)).contiguous(),
+                    B=_as_read(_widened(d.B[..., states], STATES), reads[1]),
+                    C=_as_read(_widened(d.C[..., states], STATES), reads[1]),
+                    D=None if d.D is None or start else _widened(d.D, width).contiguous(),
+                    dt_bias=None if d.dt_bias is None else _widened(d.dt_bias, width).contiguous(),
+                    initial_state=None
+                    if d.initial_state is None
+                    else _padded(d.initial_state[..., states], (width, STATES)).contiguous(),
+                    reverse=d.reverse,
+                )
+                for d in directions
+            ]
+        )
+    return slices
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    missing = width - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    rows, columns = shape[0] - tensor.shape[-2], shape[1] - tensor.shape[-1]
+    return F.pad(tensor, (0, columns, 0, rows)) if rows or columns else tensor
+
+
+def _as_read(tensor: Tensor, at_once: int) -> Tensor:
+    """Return a (B, L, width) tensor readable so many elements at once, copied only if needed."""
+    size = tensor.element_size()
+    places = (tensor.data_ptr(), tensor.stride(0) * size, tensor.stride(1) * size)
+    if tensor.stride(2) == 1 and not any(place % (at_once * size) for place in places):
+        return tensor
+    return tensor.contiguous()
+
+
+class _Launch:
+    """One problem for the kernels: its structure, and the tensors that it points into."""
+
+    def __init__(self, directions: Sequence[Direction]) -> None:
+        x = directions[0].x
+        self.problem = _Problem(
+            batch=x.shape[0],
+            length=x.shape[1],
+            channels=x.shape[2],
+            num_directions=len(directions),
+            chunk_length=x.shape[1],
+            num_chunks=1,
+        )
+        self.tiles = len(directions) * x.shape[0] * ((x.shape[2] + STATES - 1) // STATES)
+        self._alive: list[Tensor] = []
+        for i, direction in enumerate(directions):
+            self.problem.direction[i].reverse = direction.reverse
+            for name in ("x", "dt", "B", "C"):
+                self.point(i, name, getattr(direction, name))
+            for name in ("A", "D", "dt_bias", "initial_state"):
+                self.point(i, name, getattr(direction, name))
+
+    def point(self, i: int, name: str, tensor: Tensor | None) -> None:
+        """Set a pointer of direction i, and the strides of what is read as it lies."""
+        if tensor is None:
+            return
+        self._alive.append(tensor)
+        direction = self.problem.direction[i]
+        setattr(direction, name, tensor.data_ptr())
+        if hasattr(direction, f"{name}_token"):
+            setattr(direction, f"{name}_batch", tensor.stride(0) * tensor.element_size())
+            setattr(direction, f"{name}_token", tensor.stride(1) * tensor.element_size())
+
+    def use(self, name: str, tensor: Tensor) -> None:
+        """Set a pointer of the whole problem."""
+        self._alive.append(tensor)
+        setattr(self.problem, name, tensor.data_ptr())
+
+
+def _forward(
+    directions: Sequence[Direction], dt_softplus: bool, states: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    x = directions[0].x
+    batch, length, channels = x.shape
+    kernels = _kernels(x.device)
+    launch = _Launch(directions)
+    results = []
+    for i in range(len(directions)):
+        y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+        last_state = torch.empty((batch, channels, STATES), dtype=torch.float32, device=x.device)
+        launch.point(i, "y", y)
+        launch.point(i, "last_state", last_state)
+        results.append((y, last_state))
+    suffix = _NAMES[x.dtype] + ("_softplus" if dt_softplus else "")
+    if states is not None:
+        launch.use("states", states)
+    elif launch.tiles >= 8 * kernels.num_multiprocessors:
+        kernels.run(f"scan_sequence_kernel_{suffix}", launch, launch.tiles, 32, 0)
+        return results
+    num_chunks = 3 * kernels.num_multiprocessors // launch.tiles
+    chunk = -(-length // max(num_chunks, 1) // 32) * 32
+    if num_chunks >= 4 and chunk >= 64:
+        num_chunks = -(-length // chunk)
+        launch.problem.chunk_length, launch.problem.num_chunks = chunk, num_chunks
+        carry = torch.empty(
+            launch.tiles * num_chunks * (STATES * STATES + 64),
+            dtype=torch.float32,
+            device=x.device,
+        )
+        launch.use("carry", carry)
+        launch.use("carry_dt", carry[launch.tiles * num_chunks * STATES * STATES :])
+        if num_chunks > 1:
+            kernels.run_rings(
+                f"scan_chunks_kernel_{suffix}", launch, launch.tiles * (num_chunks - 1), 0
+            )
+    kernels.run_rings(
+        f"scan_forward_kernel_{suffix}", launch, launch.tiles * launch.problem.num_chunks, 0
+    )
+    return results
+
+
+def _backward(
+    directions: Sequence[Direction],
+    dy: Sequence[Tensor],
+    dlast_state: Sequence[Tensor | None],
+    states: Tensor,
+    dt_softplus: bool,
+) -> list[Gradients]:
+    x = directions[0].x
+    batch, length, channels = x.shape
+    kernels = _kernels(x.device)
+    launch = _Launch(directions)
+    launch.use("states", states)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    tiles = (channels + STATES - 1) // STATES
+    launch.problem.partial_stride = batch * length * STATES if deterministic else 0
+    outputs: list[dict[str, Tensor]] = []
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    for i, direction in enumerate(directions):
+        of_direction = {
+            "dx": empty(batch, length, channels, dtype=x.dtype),
+            "ddt": empty(batch, length, channels, dtype=x.dtype),
+            "dA": empty(batch * _WARPS, channels, STATES),
+            "dD": empty(batch * _WARPS, channels),
+            "ddt_bias": empty(batch * _WARPS, channels),
+        }
+        for name in ("dB", "dC"):
+            of_direction[name] = (
+                empty(tiles, batch, length, STATES)
+                if deterministic
+                else torch.zeros((1, batch, length, STATES), device=x.device)
+            )
+        if direction.initial_state is not None:
+            of_direction["dinitial_state"] = empty(batch, channels, STATES)
+        launch.point(i, "dy", _as_read(_widened(dy[i], channels), _BACKWARD_READS[0]))
+        launch.point(i, "dlast_state", dlast_state[i])
+        for name, tensor in of_direction.items():
+            launch.point(i, name, tensor)
+        outputs.append(of_direction)
+    suffix = _NAMES[x.dtype] + ("_softplus" if dt_softplus else "")
+    kernels.run_rings(f"scan_backward_kernel_{suffix}", launch, launch.tiles, _SHARED_BYTES)
+    return [
+        Gradients(
+            dx=found["dx"],
+            ddt=found["ddt"],
+            dinitial_state=found.get("dinitial_state"),
+            dB=found["dB"].sum(0) if deterministic else found["dB"][0],
+            dC=found["dC"].sum(0) if deterministic else found["dC"][0],
+            dA=found["dA"].sum(0),
+            dD=found["dD"].sum(0),
+            ddt_bias=found["ddt_bias"].sum(0),
+        )
+        for found in outputs
+    ]
+
+
+class _Kernels:
+    """The kernels loaded on one GPU."""
+
+    def __init__(self, device: int) -> None:
+        self._driver: Any = importlib.import_module("cuda.bindings.driver")
+        self._device = device
+        properties = torch.cuda.get_device_properties(device)
+        self.num_multiprocessors: int = properties.multi_processor_count
+        code = compiled_kernels(f"sm_{properties.major}{properties.minor}")
+        self._module = self._checked(self._driver.cuModuleLoadData(code))
+        self._functions: dict[str, Any] = {}
+
+    def run_rings(self, name: str, launch: _Launch, num_rings: int, shared_bytes: int) -> None:
+        """Run a kernel of rings of four warps, up to three a block so that every chip is even."""
+        rings = min(_MAX_RINGS, -(-num_rings // self.num_multiprocessors))
+        self.run(name, launch, -(-num_rings // rings), 32 * _WARPS * rings, shared_bytes)
+
+    def run(self, name: str, launch: _Launch, blocks: int, threads: int, shared_bytes: int) -> None:
+        """Launch on torch's current stream."""
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch.problem))
+        with torch.cuda.device(self._device):
+            self._checked(
+                self._driver.cuLaunchKernel(
+                    self._function(name, shared_bytes),
+                    *(blocks, 1, 1),
+                    *(threads, 1, 1),
+                    shared_bytes,
+                    torch.cuda.current_stream().cuda_stream,
+                    ctypes.addressof(parameters),
+                    0,
+                )
+            )
+
+    def _function(self, name: str, shared_bytes: int) -> Any:
+        if name not in self._functions:
+            function = self._checked(self._driver.cuModuleGetFunction(self._module, name.encode()))
+            if shared_bytes > 48 * 1024:
+                largest = self._driver.CUfunction_attribute
+                self._checked(
+                    self._driver.cuFuncSetAttribute(
+                        function,
+                        largest.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        shared_bytes,
+                    )
+                )
+            self._functions[name] = function
+        return self._functions[name]
+
+    def _checked(self, result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA driver fails with {status.name}")
+        return values[0] if values else None
+
+
+def _kernels(device: torch.device) -> _Kernels:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _kernels_of(index)
+
+
+@functools.cache
+def _kernels_of(index: int) -> _Kernels:
+    with torch.cuda.device(index):
+        torch.empty(0, device="cuda").zero_()  # makes the context current in this thread
+        return _Kernels(index)
+
+
+def check_available(device: torch.device) -> None:
+    """Load the kernels on a GPU.
+
+    Raises:
+        UnavailableError: they cannot be had there; the message says why.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0) or torch.version.hip is not None:
+        raise UnavailableError(
+            f"the kernels need an NVIDIA GPU of sm_80 or newer, not {major}.{minor}"
+        )
+    _kernels(device)
