@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.data.test_image_files import png_that_claims
-from visionmamba.cli import main
-from visionmamba.data import Preprocessing
+from visionmamba.cli import Predict, main
+from visionmamba.data import MAX_PIXELS, Preprocessing
 from visionmamba.models import VimConfig, save
 
 Output = pytest.CaptureFixture[str]
@@ -254,6 +254,17 @@ def test_decompression_bomb_is_refused(weights: Path, tmp_path: Path, capsys: Ou
     (tmp_path / "bomb.png").write_bytes(png_that_claims(100_000, 100_000))
     assert main(["predict", str(weights), str(tmp_path / "bomb.png")]) == 2
     assert "would decompress to 100000x100000 = 10000000000 pixels" in complaint(capsys)
+
+
+def test_limit_of_pixels_can_be_set(weights: Path, pictures: Path, capsys: Output) -> None:
+    image = str(pictures / "cat" / "0.png")
+    assert main(["predict", str(weights), image, "--max-pixels", "399"]) == 2
+    assert "more than the limit of 399; raise max_pixels" in complaint(capsys)
+    assert main(["predict", str(weights), image, "--max-pixels", "400"]) == 0
+
+
+def test_default_limit_of_pixels_is_the_datas() -> None:
+    assert Predict(weights=Path(), images=()).max_pixels == MAX_PIXELS
 
 
 def test_empty_class_folder_is_named(weights: Path, pictures: Path, capsys: Output) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _EXIT_FAILED = 1
 _EXIT_WRONG_INPUT = 2
 _EXIT_INTERRUPTED = 130
+_MAX_PIXELS = 89_478_485  # data.MAX_PIXELS, without importing torch
 _TRACEBACK_VARIABLE = "VISIONMAMBA_TRACEBACK"
 _INFO_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pytorch-lightning", "triton")
 
@@ -117,6 +118,8 @@ class Eval:
     """Processes that prepare images beside the main one."""
     on_unreadable: Literal["fail", "skip"] = "fail"
     """Stop at an image that cannot be opened, or leave it out and list it."""
+    max_pixels: int = _MAX_PIXELS
+    """Largest image, width times height, that is opened."""
     out: Path | None = None
     """Folder for evaluation.json."""
 
@@ -141,6 +144,8 @@ class Predict:
     """Images that go through the model at once."""
     on_unreadable: Literal["fail", "skip"] = "fail"
     """Stop at an image that cannot be opened, or leave it out and report it."""
+    max_pixels: int = _MAX_PIXELS
+    """Largest image, width times height, that is opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +225,7 @@ def _eval(given: list[str]) -> int:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
         on_unreadable=options.on_unreadable,
+        max_pixels=options.max_pixels,
     )
     if options.out is not None:
         print(evaluation.save(options.out))
@@ -237,10 +243,15 @@ def _predict(given: list[str]) -> int:
     classifier = Classifier.load(options.weights, device=options.device)
     files = _image_files(options.images)
     if options.on_unreadable == "skip":
-        files, reasons = split_readable(files)
+        files, reasons = split_readable(files, max_pixels=options.max_pixels)
         for reason in reasons:
             _complain(f"left out: {reason}")
-    found = classifier(files, top_k=options.top_k, batch_size=options.batch_size)
+    found = classifier(
+        files,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        max_pixels=options.max_pixels,
+    )
     if options.out is not None:
         _save_all(found, options.out)
     if options.json:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionmamba.data import (
+    MAX_PIXELS,
     Batch,
     EvalBatches,
     Preprocessing,
@@ -214,16 +215,31 @@ class Classifier:
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence too, but of no pictures
-        self, pictures: Picture, *, top_k: int = 5, batch_size: int = 32
+        self,
+        pictures: Picture,
+        *,
+        top_k: int = 5,
+        batch_size: int = 32,
+        max_pixels: int = MAX_PIXELS,
     ) -> Classification: ...
 
     @overload
     def __call__(
-        self, pictures: Sequence[Picture], *, top_k: int = 5, batch_size: int = 32
+        self,
+        pictures: Sequence[Picture],
+        *,
+        top_k: int = 5,
+        batch_size: int = 32,
+        max_pixels: int = MAX_PIXELS,
     ) -> list[Classification]: ...
 
     def __call__(
-        self, pictures: Picture | Sequence[Picture], *, top_k: int = 5, batch_size: int = 32
+        self,
+        pictures: Picture | Sequence[Picture],
+        *,
+        top_k: int = 5,
+        batch_size: int = 32,
+        max_pixels: int = MAX_PIXELS,
     ) -> Classification | list[Classification]:
         """Returns what one picture shows, or a list for a list or tuple of pictures.
 
@@ -231,6 +247,7 @@ class Classifier:
             pictures: files, PIL images or uint8 arrays (H, W), (H, W, 3), (H, W, 4), one or many.
             top_k: how many classes to report; fewer when there are fewer classes.
             batch_size: pictures that go through the model at once.
+            max_pixels: width times height beyond which a file is refused before it is decoded.
 
         Raises:
             FileNotFoundError, UnreadableImageError: a file is missing or no image.
@@ -242,14 +259,16 @@ class Classifier:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(pictures, str | Path | Image.Image | np.ndarray):
-            return self._classify([pictures], top_k)[0]
+            return self._classify([pictures], top_k, max_pixels)[0]
         classified: list[Classification] = []
         for start in range(0, len(pictures), batch_size):
-            classified += self._classify(pictures[start : start + batch_size], top_k)
+            classified += self._classify(pictures[start : start + batch_size], top_k, max_pixels)
         return classified
 
-    def _classify(self, pictures: Sequence[Picture], top_k: int) -> list[Classification]:
-        images = [_as_image(picture) for picture in pictures]
+    def _classify(
+        self, pictures: Sequence[Picture], top_k: int, max_pixels: int
+    ) -> list[Classification]:
+        images = [_as_image(picture, max_pixels) for picture in pictures]
         with explain_out_of_memory(len(images)):
             batch = torch.stack([self._transform(image) for image in images]).to(self.device)
             with torch.inference_mode():
@@ -305,6 +324,7 @@ def evaluate(
     batch_size: int = 64,
     num_workers: int = 0,
     on_unreadable: OnUnreadable = "fail",
+    max_pixels: int = MAX_PIXELS,
 ) -> Evaluation:
     """Returns the accuracy of a weights file on labelled pictures.
 
@@ -316,6 +336,7 @@ def evaluate(
         batch_size: pictures that go through the model at once.
         num_workers: processes that read pictures beside this one.
         on_unreadable: stop at a file that cannot be opened, or leave it out and list it.
+        max_pixels: width times height beyond which a file counts as unreadable.
 
     Raises:
         FileNotFoundError: the weights or the data are missing.
@@ -323,7 +344,7 @@ def evaluate(
         BatchTooLargeError: a batch does not fit into memory.
     """
     classifier = Classifier.load(weights, device=device)
-    images = open_images(data, split=split, on_unreadable=on_unreadable)
+    images = open_images(data, split=split, on_unreadable=on_unreadable, max_pixels=max_pixels)
     if images.class_names != classifier.class_names:
         raise ValueError(
             _class_difference(weights, data, classifier.class_names, images.class_names)
@@ -359,9 +380,9 @@ def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return ranked[:, 0], ranked.any(dim=-1)
 
 
-def _as_image(picture: Picture) -> Image.Image:
+def _as_image(picture: Picture, max_pixels: int) -> Image.Image:
     if isinstance(picture, str | Path):
-        return open_image(picture)
+        return open_image(picture, max_pixels=max_pixels)
     if isinstance(picture, Image.Image):
         return as_upright_eight_bit(picture, "the picture")
     if not isinstance(picture, np.ndarray):

@@ -6,11 +6,9 @@ import pytorch_lightning as lightning
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from typing_extensions import override
@@ -18,6 +16,7 @@ from typing_extensions import override
 from visionmamba.training.engine import Engine, Recorder
 
 _SHOW_EVERY_STEPS = 10
+_BAR_WIDTH = 16  # all columns together fit into 80 characters
 
 
 class ProgressBar(lightning.Callback):
@@ -31,10 +30,7 @@ class ProgressBar(lightning.Callback):
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
+            BarColumn(bar_width=_BAR_WIDTH),
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
             console=self._console,
