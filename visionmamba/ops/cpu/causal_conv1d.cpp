@@ -3,6 +3,14 @@
 // Tokens run in the outer loop, so every row is read as a stream. A direction's K taps reach back (or ahead when
 // reversed) over rows that are still in L1. Float32 bytes per channel and token: 4 read + 4 written a direction
 // forward; backward 4 (x) + 4 a direction (dy) read, 4 written.
+//
+//   (1, 6085, 384), K 4, float32, strided x        ms    GB/s
+//   causal_conv1d forward                          2.6     7.3
+//   causal_conv1d backward                         7.3     3.9
+//   bidirectional_conv1d forward                   3.8     7.4
+//   bidirectional_conv1d backward                 10.8     3.5
+// AMD EPYC (Zen 4, AVX-512), 2 cores, g++ 12.2, torch 2.15, 2026-11-23; visionmamba bench kernels remakes it. The
+// machine was shared, so the times are CPU time of one thread, best of many.
 #include "simd.h"
 
 namespace {

@@ -1,5 +1,11 @@
 // Root-mean-square norm with the residual add, forward and backward: one pass over each row.
 // Float32 bytes per channel and token with a residual: 8 read + 8 written forward; 12 read + 4 written backward.
+//
+//   (1, 6085, 192), float32, with residual         ms    GB/s
+//   rms_norm forward                               0.44   42
+//   rms_norm backward                              0.54   35
+// AMD EPYC (Zen 4, AVX-512), 2 cores, g++ 12.2, torch 2.15, 2026-11-23; visionmamba bench kernels remakes it. The
+// machine was shared, so the times are CPU time of one thread, best of many.
 #include <cmath>
 
 #include "simd.h"
