@@ -1,6 +1,7 @@
 """The command: what it prints, what it writes, and how a user's mistakes end."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -305,6 +306,29 @@ def test_missing_extra_names_the_install_line(
         "training needs pytorch_lightning; install it with: pip install 'visionmamba[train]'"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_training_reports_how_many_images_it_left_out(
+    pictures: Path, tmp_path: Path, capsys: Output
+) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(pictures, tmp_path / "data" / split)
+    (tmp_path / "data" / "train" / "cat" / "1.png").write_text("buy milk")
+    out = tmp_path / "run"
+    given = [
+        *("train", "folder_vim", "--data.root", str(tmp_path / "data"), "--out", str(out)),
+        *("--model.image-size", "16", "--preprocessing.image-size", "16", "--epochs", "1"),
+        *("--model.d-model", "16", "--model.depth", "1", "--batch-size", "2", "--quiet"),
+        *("--device", "cpu"),
+    ]
+    assert main(given) == 2
+    assert complaint(capsys).endswith('leave such files out with on_unreadable="skip"')
+    assert not out.exists()
+    assert main([*given, "--data.on-unreadable", "skip"]) == 0
+    sentence = complaint(capsys)
+    assert sentence == f"unreadable images left out: 1; {out / 'results.json'} lists them"
+    unreadable = json.loads((out / "results.json").read_text())["data"]["unreadable"]["train"]
+    assert "cat/1.png is not an image" in unreadable[0]
 
 
 def test_missing_data_folder_is_named(tmp_path: Path, capsys: Output) -> None:

@@ -197,6 +197,7 @@ def _train(given: list[str]) -> int:
         progress=not options.quiet,
     )
     print(_fit_text(result))
+    _report_unreadable(result.out / "results.json")
     return 0
 
 
@@ -430,6 +431,13 @@ def _fit_text(result: "FitResult") -> str:
         f"{result.seconds:.1f} s, {result.images_per_second:.0f} images/s, "
         f"{result.parameters:,} parameters; all in {result.out}"
     )
+
+
+def _report_unreadable(results: Path) -> None:
+    unreadable = json.loads(results.read_text(encoding="utf-8"))["data"]["unreadable"]
+    count = sum(len(files) for files in unreadable.values())
+    if count:
+        _complain(f"unreadable images left out: {count}; {results} lists them")
 
 
 def _print_evaluation(evaluation: "Evaluation") -> None:
