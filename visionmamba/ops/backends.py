@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 
-from visionmamba.ops.cpu import cpu_backend
+import torch
 
-OPS = ("selective_scan", "bidirectional_scan", "causal_conv1d", "bidirectional_conv1d", "rms_norm")
+from visionmamba.ops.cpu import cpu_backend
+from visionmamba.ops.selective_scan.cuda import cuda_backend
+
+SCANS = ("selective_scan", "bidirectional_scan")
+OPS = (*SCANS, "causal_conv1d", "bidirectional_conv1d", "rms_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +29,16 @@ def backends() -> tuple[BackendStatus, ...]:
     """Return the implementation of each op on each device; compiles the CPU's if that is due."""
     cpu = cpu_backend()
     name = "torch" if cpu.kernels is None else "cpp"
-    return tuple(BackendStatus(op=op, device="cpu", name=name, reason=cpu.reason) for op in OPS)
+    found = [BackendStatus(op=op, device="cpu", name=name, reason=cpu.reason) for op in OPS]
+    if torch.cuda.is_available():
+        found += [_on_cuda(op) for op in OPS]
+    return tuple(found)
+
+
+def _on_cuda(op: str) -> BackendStatus:
+    if op not in SCANS:
+        reason = "no kernel of our own for it on CUDA"
+        return BackendStatus(op=op, device="cuda", name="torch", reason=reason)
+    cuda = cuda_backend(torch.device("cuda"))
+    name = "cuda" if cuda.has_kernels else "torch"
+    return BackendStatus(op=op, device="cuda", name=name, reason=cuda.reason)

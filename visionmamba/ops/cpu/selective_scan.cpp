@@ -8,8 +8,8 @@
 // forward once more keeping decays and states in L1, then backward. What is summed over channels (dB, dC, the
 // gradient of dt_r) is folded to four sums a vector and kept so until the group's channels are done, then reduced;
 // groups are added in order, so results depend on the number of threads but not on scheduling.
-// Float32 bytes per token and channel: forward 8 read (x, dt) + 4 written, gate 4 more; two directions with gate 12 read
-// + 4 written, y 8 in between; backward of two 32 read + 12 written; states stored: N / 16 a direction.
+// Float32 bytes per token and channel: forward 8 read (x, dt) + 4 written, gate 4 more; two directions with gate 12
+// read + 4 written, y 8 in between; backward of two 24 read + 12 written; states stored: N / 16 a direction.
 //
 //   (1, 6085, 384), N 16, R 12, float32           ms    % of the roof (multiply-adds, one 16-wide a cycle, 3.66 GHz)
 //   selective_scan forward                         8.4    68
