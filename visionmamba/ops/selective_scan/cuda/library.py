@@ -21,7 +21,7 @@ STATES = 16
 """States of a tile; more are scanned in slices of as many."""
 GROUP = 8
 """Tokens of a turn; the state entering each group is what a backward needs."""
-_WARPS, _MAX_RINGS = 4, 3
+_WARPS, _PARTS, _MAX_RINGS = 4, 8, 3
 _SCRATCH_BYTES = 1 << 30
 _SHARED_BYTES = _MAX_RINGS * _WARPS * (64 * 16 + 2 * (64 * 16 + 5 * 256) + 256 + 8 * 64 * 16)
 _FORWARD_READS, _BACKWARD_READS = (2, 2), (8, 4)
@@ -96,7 +96,7 @@ def scan_forward(
                 totals[i] = totals[i] + y
             states[i].append(last_state)
     return [
-        (y[..., : shape[2]], torch.cat(parts, -1)[:, : shape[2], :d_state])
+        (y[..., : shape[2]], _cat(parts, -1)[:, : shape[2], :d_state])
         for y, parts in zip(totals, states, strict=True)
     ]
 
@@ -305,10 +305,10 @@ def _forward(
     if states is not None:
         launch.use("states", states)
     elif launch.tiles >= 8 * kernels.num_multiprocessors:
-        kernels.run(f"scan_sequence_kernel_{suffix}", launch, launch.tiles, 32, 0)
+        kernels.run(f"scan_sequence_kernel_{suffix}", launch, launch.tiles, 32)
         return results
     num_chunks = 3 * kernels.num_multiprocessors // launch.tiles
-    chunk = -(-length // max(num_chunks, 1) // 32) * 32
+    chunk = -(-length // max(num_chunks, 1) // 64) * 64
     if num_chunks >= 4 and chunk >= 64:
         num_chunks = -(-length // chunk)
         launch.problem.chunk_length, launch.problem.num_chunks = chunk, num_chunks
@@ -320,11 +320,15 @@ def _forward(
         launch.use("carry", carry)
         launch.use("carry_dt", carry[launch.tiles * num_chunks * STATES * STATES :])
         if num_chunks > 1:
-            kernels.run_rings(
-                f"scan_chunks_kernel_{suffix}", launch, launch.tiles * (num_chunks - 1), 0
-            )
+            rings = launch.tiles * (num_chunks - 1)
+            kernels.run_rings(f"scan_chunks_kernel_{suffix}", launch, rings, _PARTS)
+    num_chunks = launch.problem.num_chunks
     kernels.run_rings(
-        f"scan_forward_kernel_{suffix}", launch, launch.tiles * launch.problem.num_chunks, 0
+        f"scan_forward_kernel_{suffix}",
+        launch,
+        launch.tiles * num_chunks,
+        _WARPS,
+        starts_early=num_chunks > 1,
     )
     return results
 
@@ -371,7 +375,8 @@ def _backward(
             launch.point(i, name, tensor)
         outputs.append(of_direction)
     suffix = _NAMES[x.dtype] + ("_softplus" if dt_softplus else "")
-    kernels.run_rings(f"scan_backward_kernel_{suffix}", launch, launch.tiles, _SHARED_BYTES)
+    name = f"scan_backward_kernel_{suffix}"
+    kernels.run_rings(name, launch, launch.tiles, _WARPS, shared_bytes=_SHARED_BYTES)
     return [
         Gradients(
             dx=found["dx"],
@@ -396,29 +401,55 @@ class _Kernels:
         properties = torch.cuda.get_device_properties(device)
         self.num_multiprocessors: int = properties.multi_processor_count
         code = compiled_kernels(f"sm_{properties.major}{properties.minor}")
+        self._can_start_early = properties.major >= 9
         self._module = self._checked(self._driver.cuModuleLoadData(code))
         self._functions: dict[str, Any] = {}
 
-    def run_rings(self, name: str, launch: _Launch, num_rings: int, shared_bytes: int) -> None:
-        """Run a kernel of rings of four warps, up to three a block so that every chip is even."""
+    def run_rings(
+        self,
+        name: str,
+        launch: _Launch,
+        num_rings: int,
+        num_warps: int,
+        *,
+        shared_bytes: int = 0,
+        starts_early: bool = False,
+    ) -> None:
+        """Run a kernel of rings of warps, as many a block as make the multiprocessors even."""
         rings = min(_MAX_RINGS, -(-num_rings // self.num_multiprocessors))
-        self.run(name, launch, -(-num_rings // rings), 32 * _WARPS * rings, shared_bytes)
+        blocks, threads = -(-num_rings // rings), 32 * num_warps * rings
+        self.run(
+            name, launch, blocks, threads, shared_bytes=shared_bytes, starts_early=starts_early
+        )
 
-    def run(self, name: str, launch: _Launch, blocks: int, threads: int, shared_bytes: int) -> None:
-        """Launch on torch's current stream."""
+    def run(
+        self,
+        name: str,
+        launch: _Launch,
+        blocks: int,
+        threads: int,
+        *,
+        shared_bytes: int = 0,
+        starts_early: bool = False,
+    ) -> None:
+        """Launch on torch's current stream; starts_early: the kernel itself waits for the last."""
+        driver = self._driver
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch.problem))
         with torch.cuda.device(self._device):
-            self._checked(
-                self._driver.cuLaunchKernel(
-                    self._function(name, shared_bytes),
-                    *(blocks, 1, 1),
-                    *(threads, 1, 1),
-                    shared_bytes,
-                    torch.cuda.current_stream().cuda_stream,
-                    ctypes.addressof(parameters),
-                    0,
-                )
-            )
+            config = driver.CUlaunchConfig()
+            config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+            config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+            config.sharedMemBytes = shared_bytes
+            config.hStream = torch.cuda.current_stream().cuda_stream
+            if starts_early and self._can_start_early:
+                attribute = driver.CUlaunchAttribute()
+                identity = driver.CUlaunchAttributeID
+                attribute.id = identity.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+                attribute.value.programmaticStreamSerializationAllowed = 1
+                config.attrs, config.numAttrs = [attribute], 1
+            function = self._function(name, shared_bytes)
+            address = ctypes.addressof(parameters)
+            self._checked(driver.cuLaunchKernelEx(config, function, address, 0))
 
     def _function(self, name: str, shared_bytes: int) -> Any:
         if name not in self._functions:

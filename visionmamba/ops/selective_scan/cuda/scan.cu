@@ -37,6 +37,7 @@ struct Problem {
 
 constexpr int WARPS = 4;      // of a ring
 constexpr int MAX_RINGS = 3;  // of a block
+constexpr int PARTS = 8;      // of a chunk whose end state is computed
 constexpr float LN2 = 0.693147180559945f, LOG2E = 1.442695040888963f;
 constexpr float TRUNCATION = 1.000325f;  // what a truncated 11-bit significand loses on average
 
@@ -68,6 +69,7 @@ struct Bf16 {
   static __device__ __forceinline__ float first(u32 v) { return number(v << 16); }
   static __device__ __forceinline__ float second(u32 v) { return number(v & 0xffff0000u); }
   static __device__ __forceinline__ u32 pack(float a, float b) { return pack_bf16(a, b); }
+  static __device__ __forceinline__ u32 no_step() { return 0xff80ff80u; }  // minus infinity: softplus gives exactly 0
 };
 struct Fp16 {
   typedef u32 Pair;
@@ -89,6 +91,7 @@ struct Fp16 {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
     return r;
   }
+  static __device__ __forceinline__ u32 no_step() { return 0xfc00fc00u; }
 };
 struct Fp32 {
   typedef float2 Pair;
@@ -97,14 +100,15 @@ struct Fp32 {
   static __device__ __forceinline__ float first(float2 v) { return v.x; }
   static __device__ __forceinline__ float second(float2 v) { return v.y; }
   static __device__ __forceinline__ float2 pack(float a, float b) { return make_float2(a, b); }
+  static __device__ __forceinline__ float2 no_step() { return make_float2(number(0xff800000u), number(0xff800000u)); }
 };
-__device__ __forceinline__ void load_pair(u32 &r, const char *p, bool valid) {
-  r = 0;
-  if (valid) r = __ldg((const u32 *)p);
+template <class P>
+__device__ __forceinline__ P load_pair(const char *p) {
+  return __ldg((const P *)p);
 }
-__device__ __forceinline__ void load_pair(float2 &r, const char *p, bool valid) {
-  r = make_float2(0.f, 0.f);
-  if (valid) r = __ldg((const float2 *)p);
+template <class P>
+__device__ __forceinline__ void load_pair(P &r, const char *p, bool valid) {
+  if (valid) r = load_pair<P>(p);
 }
 
 __device__ __forceinline__ void mma_k4(float (&d)[4], u32 a0, u32 a1, u32 b0) {
@@ -178,7 +182,7 @@ struct Lane {
 // Where a warp's tile is: direction, batch, channels.
 struct Place {
   int direction, batch, channel;  // channel: of this lane's pair
-  bool valid;                     // the pair exists (channels are even)
+  bool valid, whole;              // the pair exists (channels are even); all pairs of the tile do
   i64 tile;                       // number of the sequence tile
   __device__ __forceinline__ Place(const Problem &p, i64 unit, const Lane &l) {
     const int tiles = (int)((p.channels + 15) / 16);
@@ -186,7 +190,7 @@ struct Place {
     const i64 sequence = unit / tiles;
     channel = (int)(unit - sequence * tiles) * 16 + 2 * l.g;
     direction = sequence >= p.batch, batch = (int)(sequence - direction * p.batch);
-    valid = channel < p.channels;
+    valid = channel < p.channels, whole = channel - 2 * l.g + 16 <= p.channels;
   }
 };
 
@@ -195,8 +199,9 @@ struct Raw {
   typename T::Pair x[2], dt[2], B[2], C[2];
 };
 
-// Walks a sequence of (x, dt, B, C) group by group, from one end or the other.
-template <class T, int STEP>
+// Walks a sequence of (x, dt, B, C) group by group, from one end or the other. BRANCH: whole groups are loaded without
+// predicates, which pays where the warp is the bottleneck (see docs/log.md).
+template <class T, int STEP, bool BRANCH>
 struct Walk {
   const char *x, *dt, *B, *C;
   int sx, sdt, sB, sC;
@@ -210,14 +215,25 @@ struct Walk {
     B = d.B + at.batch * d.B_batch + first * d.B_token + l.t * sB + l.g * T::PAIR_BYTES;
     C = d.C + at.batch * d.C_batch + first * d.C_token + l.column * sC + 2 * l.t * T::PAIR_BYTES;
   }
-  __device__ __forceinline__ void load(Raw<T> &r, int left, const Lane &l, bool valid) {
+  // valid: this lane's channels exist; whole: those of all lanes do
+  __device__ __forceinline__ void load(Raw<T> &r, int left, const Lane &l, bool valid, bool whole) {
+    typedef typename T::Pair P;
+    if (BRANCH && left >= 8 && whole) {
 #pragma unroll
-    for (int q = 0; q < 2; q++) {
-      const bool here = l.t + 4 * q < left;
-      load_pair(r.x[q], x + 4 * q * sx, here && valid);
-      load_pair(r.dt[q], dt + 4 * q * sdt, here && valid);
-      load_pair(r.B[q], B + 4 * q * sB, here);
-      load_pair(r.C[q], C + q * T::PAIR_BYTES, l.column < left);
+      for (int q = 0; q < 2; q++) {
+        r.x[q] = load_pair<P>(x + 4 * q * sx), r.dt[q] = load_pair<P>(dt + 4 * q * sdt);
+        r.B[q] = load_pair<P>(B + 4 * q * sB), r.C[q] = load_pair<P>(C + q * T::PAIR_BYTES);
+      }
+    } else if (!BRANCH || left > 0) {
+#pragma unroll
+      for (int q = 0; q < 2; q++) {
+        const bool here = l.t + 4 * q < left;
+        r.x[q] = r.B[q] = r.C[q] = T::pack(0.f, 0.f), r.dt[q] = T::no_step();
+        load_pair(r.x[q], x + 4 * q * sx, here && valid);
+        load_pair(r.dt[q], dt + 4 * q * sdt, here && valid);
+        load_pair(r.B[q], B + 4 * q * sB, here);
+        load_pair(r.C[q], C + q * T::PAIR_BYTES, l.column < left);
+      }
     }
     x += 8 * STEP * sx, dt += 8 * STEP * sdt, B += 8 * STEP * sB, C += 8 * STEP * sC;
   }
@@ -234,13 +250,17 @@ template <class T, bool SOFTPLUS>
 struct Group {
   float dt[2][2], dtx[2][2], B[2][2], C[2][2];  // [half of the tokens][channel], [half][n-block], [n-block][k]
   typename T::Pair x[2];
+  template <bool MASKED = false>
   __device__ __forceinline__ void prepare(const Raw<T> &r, float2 bias, int left, const Lane &l) {
 #pragma unroll
     for (int q = 0; q < 2; q++) {
       float a = fmaf(T::first(r.dt[q]), LOG2E, bias.x), b = fmaf(T::second(r.dt[q]), LOG2E, bias.y);
       if (SOFTPLUS) a = softplus<T::EXACT>(a), b = softplus<T::EXACT>(b);
-      const bool here = l.t + 4 * q < left;  // a step of 0 leaves the state as it is
-      dt[q][0] = here ? a : 0.f, dt[q][1] = here ? b : 0.f;
+      if (!SOFTPLUS || MASKED) {  // a step of 0 leaves the state as it is
+        const bool here = l.t + 4 * q < left;
+        a = here ? a : 0.f, b = here ? b : 0.f;
+      }
+      dt[q][0] = a, dt[q][1] = b;
       dtx[q][0] = rounded<T>(dt[q][0] * T::first(r.x[q])), dtx[q][1] = rounded<T>(dt[q][1] * T::second(r.x[q]));
       x[q] = r.x[q];
       B[q][0] = T::first(r.B[q]), B[q][1] = T::second(r.B[q]);
@@ -304,6 +324,18 @@ __device__ __forceinline__ float2 pair_of(const float *p, int channel, bool vali
 __device__ __forceinline__ void wait_for(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void hand_to(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
 
+// On sm_90 and newer a kernel may start before the one it depends on has ended, up to the place where it waits.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // y of every sequence, one ring a chunk; also its last state and the states that the backward needs.
 template <class T, bool SOFTPLUS>
 __device__ __forceinline__ void scan_forward(const Problem &p) {
@@ -319,7 +351,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   float4(*slot)[64] = slots + ring * WARPS;
   const int barrier = 1 + ring * WARPS;
   const int start = chunk * p.chunk_length, length = min(p.length - start, p.chunk_length);
-  Walk<T, WARPS> walk(p, d, at, l, start + 8 * w);
+  Walk<T, WARPS, false> walk(p, d, at, l, start + 8 * w);
   const int sy = (d.reverse ? -1 : 1) * p.channels * (T::PAIR_BYTES / 2);
   char *y = d.y + ((i64)at.batch * p.length + (d.reverse ? p.length - 1 : 0)) * p.channels * (T::PAIR_BYTES / 2) +
             (i64)(start + 8 * w + l.t) * sy + at.channel / 2 * T::PAIR_BYTES;
@@ -328,13 +360,13 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E), D = pair_of(d.D, at.channel, at.valid, 1.f);
   float4 *states = p.states == nullptr ? nullptr : p.states + (tile * (i64)((p.length + 7) / 8) + start / 8 + w) * 64;
   Raw<T> raw;
-  walk.load(raw, length - 8 * w, l, at.valid);
+  walk.load(raw, length - 8 * w, l, at.valid, at.whole);
   bool first = w == 0;
 #pragma unroll 1
   for (int left = length - 8 * w; left > 0; left -= 8 * WARPS) {
     Group<T, SOFTPLUS> group;
     group.prepare(raw, bias, left, l);
-    walk.load(raw, left - 8 * WARPS, l, at.valid);
+    walk.load(raw, left - 8 * WARPS, l, at.valid, at.whole);
     float a[8][2][4], kept[2][2];
 #pragma unroll
     for (int k = 0; k < 8; k++) group.decays(a[k], A, k);
@@ -347,6 +379,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
       h.clear_all();
       if (d.initial_state != nullptr)
         h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
+      if (chunk > 0) wait_for_kernel_before();
 #pragma unroll 4
       for (int c = 0; c < chunk; c++) {
         Tile end;
@@ -386,7 +419,7 @@ __device__ __forceinline__ void scan_sequence(const Problem &p) {
   const Lane l;
   const Place at(p, blockIdx.x, l);
   const Direction &d = p.direction[at.direction];
-  Walk<T, 1> walk(p, d, at, l, 0);
+  Walk<T, 1, true> walk(p, d, at, l, 0);
   const int sy = (d.reverse ? -1 : 1) * p.channels * (T::PAIR_BYTES / 2);
   char *y = d.y + ((i64)at.batch * p.length + (d.reverse ? p.length - 1 : 0)) * p.channels * (T::PAIR_BYTES / 2) + l.t * sy +
             at.channel / 2 * T::PAIR_BYTES;
@@ -397,12 +430,12 @@ __device__ __forceinline__ void scan_sequence(const Problem &p) {
     h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
   const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E), D = pair_of(d.D, at.channel, at.valid, 1.f);
   Raw<T> raw;
-  walk.load(raw, p.length, l, at.valid);
+  walk.load(raw, p.length, l, at.valid, at.whole);
 #pragma unroll 1
   for (int left = p.length; left > 0; left -= 8) {
     Group<T, SOFTPLUS> group;
     group.prepare(raw, bias, left, l);
-    walk.load(raw, left - 8, l, at.valid);
+    walk.load(raw, left - 8, l, at.valid, at.whole);
     float kept[2][2];
 #pragma unroll
     for (int k = 0; k < 8; k++) {
@@ -422,34 +455,35 @@ __device__ __forceinline__ void scan_sequence(const Problem &p) {
     h.store_rows(d.last_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, LN2);
 }
 
-// End state from zero and sum of dt of every chunk but the last of a sequence: four warps take a quarter each.
+// End state from zero and sum of dt of every chunk but the last of a sequence: PARTS warps take a part each.
 template <class T, bool SOFTPLUS>
 __device__ __forceinline__ void scan_chunks(const Problem &p) {
-  __shared__ float4 ends[MAX_RINGS * WARPS][64];
-  __shared__ float2 sums[MAX_RINGS * WARPS][32];
+  __shared__ float4 ends[MAX_RINGS * PARTS][64];
+  __shared__ float2 sums[MAX_RINGS * PARTS][32];
   const Lane l;
-  const int warp = threadIdx.x >> 5, ring = warp / WARPS, w = warp % WARPS;
-  const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + ring;
+  let_next_kernel_start();
+  const int warp = threadIdx.x >> 5, ring = warp / PARTS, w = warp % PARTS;
+  const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * PARTS)) + ring;
   const i64 tile = unit / (p.num_chunks - 1);
   const int chunk = (int)(unit - tile * (p.num_chunks - 1));
   const Place at(p, tile, l);
   const bool exists = at.direction < p.num_directions;
   const Direction &d = p.direction[exists ? at.direction : 0];
-  const int quarter = p.chunk_length / WARPS;
+  const int part = p.chunk_length / PARTS;
   Tile A, h;
   h.clear_all();
   float2 sum = make_float2(0.f, 0.f);
   if (exists) {
     A.load_rows(d.A + (i64)at.channel * 16, l.t, at.valid, 1.f);
     const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E);
-    Walk<T, 1> walk(p, d, at, l, chunk * p.chunk_length + w * quarter);
+    Walk<T, 1, true> walk(p, d, at, l, chunk * p.chunk_length + w * part);
     Raw<T> raw;
-    walk.load(raw, quarter, l, at.valid);
+    walk.load(raw, part, l, at.valid, at.whole);
 #pragma unroll 1
-    for (int left = quarter; left > 0; left -= 8) {
+    for (int left = part; left > 0; left -= 8) {
       Group<T, SOFTPLUS> group;
       group.prepare(raw, bias, left, l);
-      walk.load(raw, left - 8, l, at.valid);
+      walk.load(raw, left - 8, l, at.valid, at.whole);
       sum.x += group.dt[0][0] + group.dt[1][0], sum.y += group.dt[0][1] + group.dt[1][1];
 #pragma unroll
       for (int k = 0; k < 8; k++) {
@@ -469,7 +503,7 @@ __device__ __forceinline__ void scan_chunks(const Problem &p) {
   }
   __syncthreads();
   if (!exists || w != 0) return;
-  for (int j = 1; j < WARPS; j++) {
+  for (int j = 1; j < PARTS; j++) {
     Tile end;
     end.load(ends[warp + j], l.lane);
     const float2 more = sums[warp + j][l.lane];
@@ -609,7 +643,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
         raw.x[q] = pair_at(stage.x[k], l.g), raw.dt[q] = pair_at(stage.dt[k], l.g), raw.B[q] = pair_at(stage.B[k], l.g);
         raw.C[q] = 0;
       }
-      group.prepare(raw, bias, left, l);
+      group.template prepare<true>(raw, bias, left, l);
     }
 #pragma unroll
     for (int q = 0; q < 2; q++)
@@ -756,7 +790,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
       scan_sequence_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
     scan_sequence<T, SOFTPLUS>(p);                                                                            \
   }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
+  extern "C" __global__ void __launch_bounds__(32 * PARTS *MAX_RINGS, 1)                                      \
       scan_chunks_kernel_##NAME(const __grid_constant__ Problem p) {                                          \
     scan_chunks<T, SOFTPLUS>(p);                                                                              \
   }
