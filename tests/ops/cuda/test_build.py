@@ -29,8 +29,8 @@ def small_source(tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     code = build.compile_kernels(build.SOURCE.read_bytes(), architecture)
-    for kernel in ("scan_forward", "scan_sequence", "scan_chunks", "scan_backward"):
-        assert f"{kernel}_kernel_bfloat16_softplus".encode() in code
+    for kernel in ("forward", "sequence", "chunks", "states", "backward"):
+        assert f"scan_{kernel}_kernel_bfloat16_softplus".encode() in code
 
 
 def test_compiled_once_and_found_again(cache, small_source, monkeypatch):

@@ -324,7 +324,7 @@ def _forward(
             kernels.run_rings(f"scan_chunks_kernel_{suffix}", launch, rings, _PARTS)
     num_chunks = launch.problem.num_chunks
     kernels.run_rings(
-        f"scan_forward_kernel_{suffix}",
+        f"scan_{'forward' if states is None else 'states'}_kernel_{suffix}",
         launch,
         launch.tiles * num_chunks,
         _WARPS,

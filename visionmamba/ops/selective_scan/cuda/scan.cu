@@ -337,7 +337,7 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 }
 
 // y of every sequence, one ring a chunk; also its last state and the states that the backward needs.
-template <class T, bool SOFTPLUS>
+template <class T, bool SOFTPLUS, bool STATES>
 __device__ __forceinline__ void scan_forward(const Problem &p) {
   __shared__ float4 slots[MAX_RINGS * WARPS][64];
   const Lane l;
@@ -358,41 +358,42 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   Tile A;
   A.load_rows(d.A + (i64)at.channel * 16, l.t, at.valid, 1.f);
   const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E), D = pair_of(d.D, at.channel, at.valid, 1.f);
-  float4 *states = p.states == nullptr ? nullptr : p.states + (tile * (i64)((p.length + 7) / 8) + start / 8 + w) * 64;
+  float4 *states = p.states + (tile * (i64)((p.length + 7) / 8) + start / 8 + w) * 64;
   Raw<T> raw;
   walk.load(raw, length - 8 * w, l, at.valid, at.whole);
+  Tile h;
+  if (w == 0) {  // the state entering the chunk: that entering the sequence, carried through the chunks before
+    h.clear_all();
+    if (d.initial_state != nullptr)
+      h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
+    if (chunk > 0) wait_for_kernel_before();
+#pragma unroll 4
+    for (int c = 0; c < chunk; c++) {
+      Tile end;
+      end.load(p.carry + (tile * p.num_chunks + c) * 64, l.lane);
+      const float2 sum = p.carry_dt[(tile * p.num_chunks + c) * 32 + l.lane];
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          h.v[e][i] = fmaf(ex2((i < 2 ? sum.x : sum.y) * A.v[e][i]), h.v[e][i], end.v[e][i]);
+    }
+    h.store(slot[0], l.lane);
+  }
   bool first = w == 0;
+  int left = length - 8 * w;
 #pragma unroll 1
-  for (int left = length - 8 * w; left > 0; left -= 8 * WARPS) {
+  for (; left > 0; left -= 8 * WARPS) {
     Group<T, SOFTPLUS> group;
     group.prepare(raw, bias, left, l);
     walk.load(raw, left - 8 * WARPS, l, at.valid, at.whole);
     float a[8][2][4], kept[2][2];
 #pragma unroll
     for (int k = 0; k < 8; k++) group.decays(a[k], A, k);
-    Tile h;
-    if (!first) {
-      wait_for(barrier + w);
-      h.load(slot[w], l.lane);
-    } else {  // the state entering the chunk: that entering the sequence, carried through the chunks before
-      first = false;
-      h.clear_all();
-      if (d.initial_state != nullptr)
-        h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
-      if (chunk > 0) wait_for_kernel_before();
-#pragma unroll 4
-      for (int c = 0; c < chunk; c++) {
-        Tile end;
-        end.load(p.carry + (tile * p.num_chunks + c) * 64, l.lane);
-        const float2 sum = p.carry_dt[(tile * p.num_chunks + c) * 32 + l.lane];
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            h.v[e][i] = fmaf(ex2((i < 2 ? sum.x : sum.y) * A.v[e][i]), h.v[e][i], end.v[e][i]);
-      }
-    }
-    if (states != nullptr) h.store(states, l.lane), states += WARPS * 64;
+    if (!first) wait_for(barrier + w);
+    first = false;
+    h.load(slot[w], l.lane);
+    if (STATES) h.store(states, l.lane), states += WARPS * 64;
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       float u[2][4];
@@ -408,9 +409,10 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     for (int k = 0; k < 8; k++) group.outputs(kept, a[k], k, l.t == (k & 3));
     group.write(y, sy, kept, D, left, l, at.valid);
     y += 8 * WARPS * sy;
-    if (left <= 8 && start + length == p.length && d.last_state != nullptr && at.valid)
-      h.store_rows(d.last_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, LN2);
   }
+  left += 8 * WARPS;  // of this warp's last group
+  if (left > 0 && left <= 8 && start + length == p.length && d.last_state != nullptr && at.valid)
+    h.store_rows(d.last_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, LN2);
 }
 
 // y of every sequence, one warp a sequence tile: for many sequences.
@@ -784,7 +786,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
 #define FORWARD(NAME, T, SOFTPLUS)                                                                            \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_forward_kernel_##NAME(const __grid_constant__ Problem p) {                                         \
-    scan_forward<T, SOFTPLUS>(p);                                                                             \
+    scan_forward<T, SOFTPLUS, false>(p);                                                                      \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32, 20)                                                        \
       scan_sequence_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
@@ -802,6 +804,10 @@ FORWARD(float32_softplus, Fp32, true)
 FORWARD(float32, Fp32, false)
 
 #define BACKWARD(NAME, SOFTPLUS)                                                                              \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
+      scan_states_kernel_##NAME(const __grid_constant__ Problem p) {                                          \
+    scan_forward<Bf16, SOFTPLUS, true>(p);                                                                    \
+  }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_backward_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
     scan_backward<SOFTPLUS>(p);                                                                               \
