@@ -74,11 +74,12 @@ class Engine(lightning.LightningModule):
         parameters = [p for p in self._task.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
         if not torch.isfinite(norm):
-            name = next(
+            bad_names = (
                 name
                 for name, parameter in self._task.model.named_parameters()
                 if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
             )
+            name = next(bad_names, "the norm of all together")
             raise NonFiniteError(
                 f"{self._where()} the gradient is not finite, first in {name}; {_REMEDY}"
             )
