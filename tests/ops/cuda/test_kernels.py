@@ -2,12 +2,20 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from visionmamba.ops.selective_scan.chunked import (
     selective_scan_backward_chunked,
     selective_scan_chunked,
 )
-from visionmamba.ops.selective_scan.cuda.library import Direction, scan_backward, scan_forward
+from visionmamba.ops.selective_scan.cuda import library
+from visionmamba.ops.selective_scan.cuda.library import (
+    Direction,
+    gate_backward,
+    gate_forward,
+    scan_backward,
+    scan_forward,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +88,7 @@ def test_gradients_match_float64(shape, reverse):
     dy = torch.randn_like(direction.x)
     dlast_state = torch.randn_like(direction.initial_state)
     expected = backward_in_float64(direction, dy, dlast_state)
-    (actual,) = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
+    (actual,), _ = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
     for name in NAMES:
         assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name
 
@@ -91,7 +99,7 @@ def test_any_number_of_states(d_state):
     dy = torch.randn_like(direction.x)
     dlast_state = torch.randn_like(direction.initial_state)
     expected = backward_in_float64(direction, dy, dlast_state)
-    (actual,) = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
+    (actual,), _ = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
     for name in NAMES:
         assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name
 
@@ -109,7 +117,8 @@ def test_both_directions_in_one_launch_equal_two():
 def test_deterministic_gradients_have_equal_bits():
     direction = make_direction((2, 384, 197))
     dy = torch.randn_like(direction.x)
-    first, second = (scan_backward([direction], [dy], [None], dt_softplus=True)[0] for _ in (0, 1))
+    (first,), _ = scan_backward([direction], [dy], [None], dt_softplus=True)
+    (second,), _ = scan_backward([direction], [dy], [None], dt_softplus=True)
     for name in ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
@@ -120,7 +129,7 @@ def test_gradients_added_with_atomics_match_float64():
     dy = torch.randn_like(direction.x)
     dlast_state = torch.randn_like(direction.initial_state)
     expected = backward_in_float64(direction, dy, dlast_state)
-    (actual,) = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
+    (actual,), _ = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
     for name in NAMES:
         assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name
 
@@ -135,13 +144,26 @@ def test_huge_steps_and_vanished_decays_stay_finite_and_right():
 
 
 def test_the_batch_is_cut_where_the_states_would_fill_the_memory(monkeypatch):
-    from visionmamba.ops.selective_scan.cuda import library
-
     direction = make_direction((5, 32, 40))
     dy = torch.randn_like(direction.x)
-    (whole,) = scan_backward([direction], [dy], [None], dt_softplus=True)
+    (whole,), _ = scan_backward([direction], [dy], [None], dt_softplus=True)
     monkeypatch.setattr(library, "_SCRATCH_BYTES", 1 << 16)
-    (cut,) = scan_backward([direction], [dy], [None], dt_softplus=True)
+    (cut,), _ = scan_backward([direction], [dy], [None], dt_softplus=True)
     for name in ("dx", "ddt", "dB", "dC", "dinitial_state"):
         assert torch.equal(getattr(cut, name), getattr(whole, name)), name
     assert relative_error(cut.dA, whole.dA.double()) < 1e-6
+
+
+@pytest.mark.parametrize("channels", [5, 6, 8, 384])
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+def test_gate_matches_float64(channels, dtype):
+    both = torch.randn(3, 37, 2 * channels, device="cuda").to(dtype)
+    a, z = both[..., :channels].contiguous(), both[..., channels:]
+    b, dy = (torch.randn(3, 37, channels, device="cuda").to(dtype) for _ in (0, 1))
+    leaves = [tensor.double().requires_grad_() for tensor in (a, b, z)]
+    expected = 0.5 * (leaves[0] + leaves[1]) * F.silu(leaves[2])
+    da, _, dz = torch.autograd.grad(expected, leaves, dy.double())
+    assert relative_error(gate_forward(a, b, z, 0.5), expected) < VALUE_TOLERANCE[dtype]
+    actual_da, actual_dz = gate_backward(dy, a, b, z, 0.5)
+    assert relative_error(actual_da, da) < VALUE_TOLERANCE[dtype]
+    assert relative_error(actual_dz, dz) < VALUE_TOLERANCE[dtype]

@@ -107,17 +107,19 @@ def scan_backward(
     dlast_state: Sequence[Tensor | None],
     *,
     dt_softplus: bool,
-) -> list[Gradients]:
-    """Return all gradients of each direction; runs the forward again for the states it needs."""
+) -> tuple[list[Gradients], list[Tensor]]:
+    """Return all gradients of each direction, and y: the forward runs again for its states."""
     batch, length, channels = directions[0].x.shape
     d_state = directions[0].A.shape[1]
     tiles = (channels + STATES - 1) // STATES
     groups = (length + GROUP - 1) // GROUP
     at_once = max(1, _SCRATCH_BYTES // (len(directions) * tiles * groups * STATES * STATES * 4))
     rows: list[list[list[Gradients]]] = [[] for _ in directions]
+    ys: list[list[Tensor]] = [[] for _ in directions]
     for start in range(0, batch, at_once):
         part = slice(start, min(start + at_once, batch))
         parts: list[list[Gradients]] = [[] for _ in directions]
+        values: list[list[Tensor]] = [[] for _ in directions]
         for index, sliced in enumerate(
             _slices([_rows(d, part) for d in directions], multiple=STATES, reads=_BACKWARD_READS)
         ):
@@ -130,17 +132,20 @@ def scan_backward(
                 len(directions) * (part.stop - start) * tiles * groups * STATES * STATES,
                 dtype=torch.float32,
             )
-            _forward(sliced, dt_softplus, scratch)
+            for i, (y, _) in enumerate(_forward(sliced, dt_softplus, scratch)):
+                values[i].append(y)
             for i, gradients in enumerate(
                 _backward(sliced, [d[part] for d in dy], given, scratch, dt_softplus)
             ):
                 parts[i].append(gradients)
         for i, of_direction in enumerate(parts):
             rows[i].append(of_direction)
-    return [
+            ys[i].append(_total(values[i]))
+    gradients_of_all = [
         _joined(direction, of_direction, channels, d_state)
         for direction, of_direction in zip(directions, rows, strict=True)
     ]
+    return gradients_of_all, [_cat(parts_of_y, 0)[..., :channels] for parts_of_y in ys]
 
 
 def _rows(direction: Direction, part: slice) -> Direction:
@@ -248,6 +253,62 @@ def _as_read(tensor: Tensor, at_once: int) -> Tensor:
     return tensor.contiguous()
 
 
+class _Gate(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "z", "dy", "out", "dz")),
+        *((name, ctypes.c_int64) for name in ("z_batch", "dy_batch", "rows")),
+        *((name, ctypes.c_int32) for name in ("z_token", "dy_token", "length", "channels")),
+        ("scale", ctypes.c_float),
+    )
+
+
+def gate_forward(a: Tensor, b: Tensor | None, z: Tensor, scale: float) -> Tensor:
+    """Return scale * (a + b) * silu(z) in z's dtype; all (B, L, E), b may be None."""
+    return _gate(a, b, z, None, scale)[0]
+
+
+def gate_backward(
+    dy: Tensor, a: Tensor, b: Tensor | None, z: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of a, which is that of b too, and of z."""
+    return _gate(a, b, z, dy, scale)
+
+
+def _gate(
+    a: Tensor, b: Tensor | None, z: Tensor, dy: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, length, channels = a.shape
+    width = channels + channels % 2
+    at_once = 16 // z.element_size()
+    wide = width % at_once == 0
+    reads = at_once if wide else 2
+    a, z = _widened(a, width).contiguous(), _as_read(_widened(z, width), reads)
+    b = None if b is None else _widened(b, width).contiguous()
+    out, dz = torch.empty_like(a), torch.empty_like(a) if dy is not None else a
+    problem = _Gate(
+        a=a.data_ptr(),
+        b=None if b is None else b.data_ptr(),
+        z=z.data_ptr(),
+        out=out.data_ptr(),
+        dz=dz.data_ptr(),
+        z_batch=z.stride(0) * z.element_size(),
+        z_token=z.stride(1) * z.element_size(),
+        rows=batch * length,
+        length=length,
+        channels=width,
+        scale=scale,
+    )
+    if dy is not None:
+        dy = _as_read(_widened(dy, width), reads)
+        problem.dy = dy.data_ptr()
+        problem.dy_batch = dy.stride(0) * dy.element_size()
+        problem.dy_token = dy.stride(1) * dy.element_size()
+    name = f"gate_{'forward' if dy is None else 'backward'}_kernel_{_NAMES[z.dtype]}"
+    threads = batch * length * (width // reads)
+    _kernels(a.device).run(name + ("_wide" if wide else ""), problem, -(-threads // 256), 256)
+    return out[..., :channels], dz[..., :channels]
+
+
 class _Launch:
     """One problem for the kernels: its structure, and the tensors that it points into."""
 
@@ -305,7 +366,7 @@ def _forward(
     if states is not None:
         launch.use("states", states)
     elif launch.tiles >= 8 * kernels.num_multiprocessors:
-        kernels.run(f"scan_sequence_kernel_{suffix}", launch, launch.tiles, 32)
+        kernels.run(f"scan_sequence_kernel_{suffix}", launch.problem, launch.tiles, 32)
         return results
     num_chunks = 3 * kernels.num_multiprocessors // launch.tiles
     chunk = -(-length // max(num_chunks, 1) // 64) * 64
@@ -419,13 +480,18 @@ class _Kernels:
         rings = min(_MAX_RINGS, -(-num_rings // self.num_multiprocessors))
         blocks, threads = -(-num_rings // rings), 32 * num_warps * rings
         self.run(
-            name, launch, blocks, threads, shared_bytes=shared_bytes, starts_early=starts_early
+            name,
+            launch.problem,
+            blocks,
+            threads,
+            shared_bytes=shared_bytes,
+            starts_early=starts_early,
         )
 
     def run(
         self,
         name: str,
-        launch: _Launch,
+        problem: ctypes.Structure,
         blocks: int,
         threads: int,
         *,
@@ -434,7 +500,7 @@ class _Kernels:
     ) -> None:
         """Launch on torch's current stream; starts_early: the kernel itself waits for the last."""
         driver = self._driver
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch.problem))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(problem))
         with torch.cuda.device(self._device):
             config = driver.CUlaunchConfig()
             config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1

@@ -25,10 +25,15 @@ from visionmamba.ops.selective_scan import (
 from visionmamba.ops.selective_scan.chunked import (
     selective_scan_backward_chunked,
     selective_scan_chunked,
-    silu_gate_gradient,
 )
 from visionmamba.ops.selective_scan.cuda import cuda_backend
-from visionmamba.ops.selective_scan.cuda.library import Direction, scan_backward, scan_forward
+from visionmamba.ops.selective_scan.cuda.library import (
+    Direction,
+    gate_backward,
+    gate_forward,
+    scan_backward,
+    scan_forward,
+)
 
 _FORWARD = (torch.float32, torch.bfloat16, torch.float16)
 _BACKWARD = (torch.bfloat16,)
@@ -88,7 +93,7 @@ def _(
     direction = _direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse)
     ((y, last_state),) = scan_forward([direction], dt_softplus=dt_softplus)
     if z is not None:
-        y = as_stored(y.float() * F.silu(z.float()), x.dtype)
+        y = gate_forward(y, None, z, 1.0)
     return y.contiguous(), last_state.contiguous(), A.new_empty((x.shape[0], checkpoints, *A.shape))
 
 
@@ -116,10 +121,10 @@ def _(
     direction = _direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse)
     dscan, dz = dy, dy.new_empty(0)
     if z is not None:
-        ((y, _),) = scan_forward([direction], dt_softplus=dt_softplus)
-        dscan = (dy.float() * F.silu(z.float())).to(dy.dtype)
-        dz = silu_gate_gradient(dy.float(), y.float(), z)
-    (grads,) = scan_backward([direction], [dscan], [dlast_state], dt_softplus=dt_softplus)
+        dscan = gate_backward(dy, dy, None, z, 1.0)[0]
+    (grads,), (y,) = scan_backward([direction], [dscan], [dlast_state], dt_softplus=dt_softplus)
+    if z is not None:
+        dz = gate_backward(dy, y, None, z, 1.0)[1].contiguous()
     nothing = A.new_empty(0)
     return (
         grads.dx.contiguous(),
@@ -189,12 +194,13 @@ def _(
         return bidirectional_scan_torch(*pairs, z, states, scale, every)
     with torch.autocast("cuda", enabled=False):
         (y_f, last_f), (y_b, last_b) = scan_forward(_directions(*pairs, states), dt_softplus=True)
-        total = (y_f.float() + y_b) * scale
-        if z is not None:
-            total = total * F.silu(z.float())
+        if z is None:
+            y = as_stored((y_f.float() + y_b) * scale, x_f.dtype)
+        else:
+            y = gate_forward(y_f, y_b, z, scale).contiguous()
     checkpoints = num_checkpoints(x_f.shape[1], x_f.device) if save_states else 0
     kept_f, kept_b = (A.new_empty((x_f.shape[0], checkpoints, *A.shape)) for A in (A_f, A_b))
-    return as_stored(total, x_f.dtype), last_f.contiguous(), last_b.contiguous(), kept_f, kept_b
+    return y, last_f.contiguous(), last_b.contiguous(), kept_f, kept_b
 
 
 @_bidirectional_scan_backward.register_kernel("cuda")
@@ -236,14 +242,14 @@ def _(
         return bidirectional_scan_backward_torch(dy, dlast_state, *pairs, z, states, scale)
     with torch.autocast("cuda", enabled=False):
         directions = _directions(*pairs, states)
-        dscaled, dz = dy.float() * scale, dy.new_empty(0)
-        dscan = dscaled
+        dz = dy.new_empty(0)
+        if z is None:
+            dscan = (dy.float() * scale).to(x_f.dtype)
+        else:
+            dscan = gate_backward(dy, dy, None, z, scale)[0]
+        grads, (y_f, y_b) = scan_backward(directions, [dscan, dscan], dlast_state, dt_softplus=True)
         if z is not None:
-            (y_f, _), (y_b, _) = scan_forward(directions, dt_softplus=True)
-            dscan = dscaled * F.silu(z.float())
-            dz = silu_gate_gradient(dscaled, y_f.float() + y_b, z)
-        dscan = dscan.to(x_f.dtype)
-        grads = scan_backward(directions, [dscan, dscan], dlast_state, dt_softplus=True)
+            dz = gate_backward(dy, y_f, y_b, z, scale)[1].contiguous()
         rows = []
         for i, of_direction in enumerate(grads):
             dtype, draw = projected[i].dtype, of_direction.ddt

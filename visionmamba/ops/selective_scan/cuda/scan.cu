@@ -783,6 +783,67 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
   if (l.t == 0) *(float2 *)(d.ddt_bias + partial) = dbias, *(float2 *)(d.dD + partial) = dD;
 }
 
+// The gate behind the scans: out = scale (a + b) silu(z), and what it hands back.
+struct Gate {
+  const char *a, *b, *z, *dy;  // a and b contiguous, b may be null; z and dy with strides in bytes
+  char *out, *dz;              // forward: out = y; backward: out = gradient of a and of b
+  i64 z_batch, dy_batch, rows;
+  int z_token, dy_token, length, channels;
+  float scale;
+};
+template <class T, int PAIRS>
+struct alignas(T::PAIR_BYTES *PAIRS) Pack {
+  typename T::Pair v[PAIRS];
+};
+
+template <class T, int PAIRS, bool BACKWARD>
+__device__ __forceinline__ void gate(const Gate &p) {
+  typedef Pack<T, PAIRS> P;
+  const int packs = p.channels / (2 * PAIRS);
+  const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x, row = at / packs;
+  if (row >= p.rows) return;
+  const int column = (int)(at - row * packs), batch = (int)(row / p.length), token = (int)(row - (i64)batch * p.length);
+  const P none = {};
+  const P z = *((const P *)(p.z + batch * p.z_batch + (i64)token * p.z_token) + column);
+  const P a = ((const P *)p.a)[at], b = p.b == nullptr ? none : ((const P *)p.b)[at];
+  const P dy = BACKWARD ? *((const P *)(p.dy + batch * p.dy_batch + (i64)token * p.dy_token) + column) : none;
+  P out, dz;
+#pragma unroll
+  for (int i = 0; i < PAIRS; i++) {
+    float y[2], g[2];
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      const float gate = c ? T::second(z.v[i]) : T::first(z.v[i]);
+      const float sum = c ? T::second(a.v[i]) + T::second(b.v[i]) : T::first(a.v[i]) + T::first(b.v[i]);
+      const float sigmoid = 1.f / (1.f + ex2(-LOG2E * gate));
+      if (BACKWARD) {
+        const float d = (c ? T::second(dy.v[i]) : T::first(dy.v[i])) * p.scale;
+        y[c] = d * gate * sigmoid, g[c] = d * sum * sigmoid * (1.f + gate * (1.f - sigmoid));
+      } else {
+        y[c] = p.scale * sum * gate * sigmoid;
+      }
+    }
+    out.v[i] = T::pack(y[0], y[1]);
+    if (BACKWARD) dz.v[i] = T::pack(g[0], g[1]);
+  }
+  ((P *)p.out)[at] = out;
+  if (BACKWARD) ((P *)p.dz)[at] = dz;
+}
+
+#define GATE(NAME, T, PAIRS)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256) gate_forward_kernel_##NAME(const __grid_constant__ Gate p) { \
+    gate<T, PAIRS, false>(p);                                                                                 \
+  }                                                                                                           \
+  extern "C" __global__ void __launch_bounds__(256) gate_backward_kernel_##NAME(const __grid_constant__ Gate p) { \
+    gate<T, PAIRS, true>(p);                                                                                  \
+  }
+GATE(bfloat16, Bf16, 1)
+GATE(bfloat16_wide, Bf16, 4)
+GATE(float16, Fp16, 1)
+GATE(float16_wide, Fp16, 4)
+GATE(float32, Fp32, 1)
+GATE(float32_wide, Fp32, 2)
+
 #define FORWARD(NAME, T, SOFTPLUS)                                                                            \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_forward_kernel_##NAME(const __grid_constant__ Problem p) {                                         \
