@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu format lint types tests tests-without-compiler tests-from-wheel clean
+.PHONY: help setup demo test test-gpu results format lint types tests tests-without-compiler tests-from-wheel clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -58,6 +58,12 @@ tests-from-wheel: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -rs
+
+results: $(READY)
+	$(BIN)/visionmamba bench efficiency --threads 2 --device cpu --out docs/results
+	$(BIN)/visionmamba bench efficiency --threads 2 --device cpu --mode train --out docs/results
+	$(BIN)/visionmamba bench kernels --threads 2 --device cpu --out docs/results
+	$(BIN)/python docs/update_results.py
 
 format: $(READY)
 	$(BIN)/ruff format .

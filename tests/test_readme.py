@@ -5,6 +5,7 @@ blocks set a machine up, are not run, and may hold nothing else.
 """
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def make_readers_files(folder: Path) -> None:
         for name, color in (("sky", "skyblue"), ("sea", "teal")):
             place = folder / "photos" / split / name
             place.mkdir(parents=True)
-            for index in range(4):
+            for index in range(8):
                 Image.new("RGB", (64 + index, 48), color).save(place / f"{index}.jpg")
 
 
@@ -56,6 +57,12 @@ def test_blocks_that_are_not_run_only_set_up() -> None:
     found = [block for language, block in blocks("README.md") if language == "sh"]
     assert found
     assert {words[0] for block in found for words in commands(block)} <= set(SETS_UP)
+
+
+def test_tables_are_those_of_the_last_measurement() -> None:
+    update = runpy.run_path(str(ROOT / "docs" / "update_results.py"))
+    for document in update["DOCUMENTS"]:
+        assert update["with_results"](document.read_text()) == document.read_text()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
