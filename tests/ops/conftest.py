@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from visionmamba.ops import cpu
-from visionmamba.ops.cpu.build import UnavailableError, compiled_library
+from visionmamba.ops.cpu.build import compiled_library
+from visionmamba.ops.kernel_cache import UnavailableError
 
 BACKENDS = ("torch", "cpp", pytest.param("cuda", marks=pytest.mark.gpu))
 

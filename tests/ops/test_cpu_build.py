@@ -13,7 +13,8 @@ import torch
 
 import visionmamba
 from visionmamba.ops import backends, cpu, rms_norm
-from visionmamba.ops.cpu.build import UnavailableError, compiled_library
+from visionmamba.ops.cpu.build import compiled_library
+from visionmamba.ops.kernel_cache import UnavailableError
 
 USE_AN_OP = """
 import warnings

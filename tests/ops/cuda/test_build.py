@@ -5,8 +5,9 @@ import stat
 
 import pytest
 
+from visionmamba.ops.kernel_cache import UnavailableError
 from visionmamba.ops.selective_scan.cuda import build
-from visionmamba.ops.selective_scan.cuda.build import UnavailableError, compiled_kernels
+from visionmamba.ops.selective_scan.cuda.build import compiled_kernels
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SMALL = b'extern "C" __global__ void nothing_kernel() {}'
@@ -54,7 +55,7 @@ def test_a_damaged_binary_is_compiled_again(cache, small_source):
 
 def test_no_partial_file_is_left_when_storing_fails(cache, small_source, monkeypatch):
     monkeypatch.setattr(os, "replace", _fail)
-    with pytest.raises(UnavailableError, match="cannot be stored"):
+    with pytest.raises(UnavailableError, match="could not be stored"):
         compiled_kernels("sm_90")
     assert list(cache.iterdir()) == []
 

@@ -10,8 +10,9 @@ import threading
 import warnings
 from dataclasses import dataclass
 
-from visionmamba.ops.cpu.build import UnavailableError, compiled_library
+from visionmamba.ops.cpu.build import compiled_library
 from visionmamba.ops.cpu.library import Kernels
+from visionmamba.ops.kernel_cache import UnavailableError
 
 ENVIRONMENT_VARIABLE = "VISIONMAMBA_CPU_BACKEND"
 CHECKPOINT_LENGTH = 64

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visionmamba.ops.cpu.build import UnavailableError
+from visionmamba.ops.kernel_cache import UnavailableError
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SMALL_PROBLEM = 1 << 15

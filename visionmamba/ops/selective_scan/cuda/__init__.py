@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from visionmamba.ops.selective_scan.cuda.build import UnavailableError
+from visionmamba.ops.kernel_cache import UnavailableError
 from visionmamba.ops.selective_scan.cuda.library import check_available
 
 ENVIRONMENT_VARIABLE = "VISIONMAMBA_CUDA_BACKEND"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionmamba.ops.selective_scan.cuda.build import UnavailableError, compiled_kernels
+from visionmamba.ops.kernel_cache import UnavailableError
+from visionmamba.ops.selective_scan.cuda.build import compiled_kernels
 
 STATES = 16
 """States of a tile; more are scanned in slices of as many."""
