@@ -23,7 +23,7 @@ def test_trains_measures_reports_and_is_taken_up(
 
     demo.run()
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("taken as it is") == 2
+    assert said.count("is finished and taken") == 2
     assert "measured before" in said
 
     with pytest.raises(ValueError, match=r"epochs is 1 there and 2 here.*--fresh trains anew"):

@@ -5,7 +5,11 @@ Every step leaves its result in a file; a second run takes what is there and say
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -68,7 +72,8 @@ class Demo:
         if self.fresh:
             for name in (*_MODELS, "efficiency"):
                 shutil.rmtree(self.out / name, ignore_errors=True)
-        results = {model: self._train(model, console) for model in _MODELS}
+        console.rule("training Vim and DeiT on handwritten digits")
+        results = self._train(console)
         console.rule("classifying the test digits")
         splits = Digits().build()
         test = splits.val
@@ -103,25 +108,31 @@ class Demo:
         recipe = replace(recipes[model](), seed=self.seed)
         return recipe if self.epochs is None else replace(recipe, epochs=self.epochs)
 
-    def _train_command(self, model: ModelName) -> str:
-        command = f"visionmamba train {self._recipe(model).name} --seed {self.seed}"
+    def _train_arguments(self, model: ModelName) -> list[str]:
+        arguments = ["train", self._recipe(model).name, "--seed", str(self.seed)]
         if self.epochs is not None:
-            command += f" --epochs {self.epochs}"
-        return f"{command} --out {self.out / model}"
+            arguments += ["--epochs", str(self.epochs)]
+        return [*arguments, "--device", "cpu", "--out", str(self.out / model)]
 
-    def _train(self, model: ModelName, console: "Console") -> "FitResult":
+    def _train(self, console: "Console") -> "dict[ModelName, FitResult]":
+        """Train what is not finished, both models at the same time with one thread each."""
+        due = [model for model in _MODELS if not (self.out / model / "results.json").exists()]
+        for model in _MODELS:
+            if model not in due:
+                console.print(f"{self.out / model} is finished and taken; --fresh trains anew")
+        runs = [_Training(self._train_arguments(model), console) for model in due]
+        complaints = [complaint for run in runs if (complaint := run.wait())]
+        if complaints:
+            raise ValueError(f"{complaints[0]}; --fresh trains anew")
+        return {model: self._result(model) for model in _MODELS}
+
+    def _result(self, model: ModelName) -> "FitResult":
         from visionmamba.training import fit
 
-        folder = self.out / model
-        recipe = self._recipe(model)
-        console.rule(f"training {_NAMES[model]} ({recipe.name})")
         try:
-            result = fit(recipe, folder, device="cpu", command=self._train_command(model))
+            return fit(self._recipe(model), self.out / model, device="cpu")
         except ValueError as error:  # a run of another recipe is in the folder
             raise ValueError(f"{error}; --fresh trains anew") from error
-        if result.was_finished:
-            console.print(f"{folder} is finished already and taken as it is; --fresh trains anew")
-        return result
 
     def _classify(self, model: ModelName, test: "ImageSet", console: "Console") -> "_Answers":
         from visionmamba.tasks import Classifier
@@ -146,7 +157,7 @@ class Demo:
 
         return Contender(
             name=_NAMES[model],
-            command=self._train_command(model),
+            command=shlex.join(["visionmamba", *self._train_arguments(model)]),
             accuracy=answers.accuracy,
             parameters=result.parameters,
             epochs=result.epochs,
@@ -180,6 +191,39 @@ class Demo:
         console.print(to_table(result))
         console.print(result.sentence())
         return result
+
+
+class _Training:
+    """A training in a process of its own, its progress shown line by line."""
+
+    def __init__(self, arguments: list[str], console: "Console") -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "visionmamba", *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # small products: two threads gain nothing
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._last_line = ""
+        self._reader = threading.Thread(target=self._show, args=(console,), daemon=True)
+        self._reader.start()
+
+    def wait(self) -> str | None:
+        """Wait for the end; return what the process complained of, None when all went well."""
+        try:
+            code = self._process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the process too, and it saves a checkpoint
+            self._process.wait()
+            raise
+        self._reader.join()  # closes the pipe
+        return self._last_line.removeprefix("visionmamba: ") if code else None
+
+    def _show(self, console: "Console") -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self._last_line = line.strip()
+                console.print(self._last_line, highlight=False, markup=False)
 
 
 class _Answers(NamedTuple):
