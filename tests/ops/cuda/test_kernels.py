@@ -1,5 +1,7 @@
 """The CUDA kernels against float64 on the GPU: shapes that fill, split and overhang their tiles."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -167,3 +169,33 @@ def test_gate_matches_float64(channels, dtype):
     actual_da, actual_dz = gate_backward(dy, a, b, z, 0.5)
     assert relative_error(actual_da, da) < VALUE_TOLERANCE[dtype]
     assert relative_error(actual_dz, dz) < VALUE_TOLERANCE[dtype]
+
+
+@pytest.mark.slow
+def test_a_million_tokens_match_float64():
+    direction = make_direction((1, 32, 1_048_577), reverse=True)
+    expected, expected_state, _ = selective_scan_chunked(*in_float64(direction), True, None)
+    ((y, state),) = scan_forward([direction], dt_softplus=True)
+    assert relative_error(y, expected) < VALUE_TOLERANCE[torch.bfloat16]
+    assert relative_error(state, expected_state) < VALUE_TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.slow
+def test_more_than_two_billion_elements():
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    last = make_direction((1, 384, 700_001))
+    whole = replace(
+        last,
+        x=last.x.expand(8, -1, -1).contiguous(),
+        dt=last.dt.expand(8, -1, -1).contiguous(),
+        B=last.B.expand(8, -1, -1).contiguous(),
+        C=last.C.expand(8, -1, -1).contiguous(),
+        initial_state=last.initial_state.expand(8, -1, -1).contiguous(),
+    )
+    assert whole.x.numel() > 1 << 31
+    ((y, state),) = scan_forward([whole], dt_softplus=True)
+    ((expected, expected_state),) = scan_forward([last], dt_softplus=True)
+    for row in (0, 7):
+        assert relative_error(y[row], expected[0].double()) < 1e-3
+        assert relative_error(state[row], expected_state[0].double()) < 1e-5
