@@ -30,7 +30,7 @@ def small_source(tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture):
     code = build.compile_kernels(build.SOURCE.read_bytes(), architecture)
-    for kernel in ("forward", "sequence", "chunks", "states", "backward"):
+    for kernel in ("forward", "sequence", "chunks", "states", "sequence_states", "backward"):
         assert f"scan_{kernel}_kernel_bfloat16_softplus".encode() in code
 
 

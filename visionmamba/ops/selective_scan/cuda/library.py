@@ -366,8 +366,9 @@ def _forward(
     suffix = _NAMES[x.dtype] + ("_softplus" if dt_softplus else "")
     if states is not None:
         launch.use("states", states)
-    elif launch.tiles >= 8 * kernels.num_multiprocessors:
-        kernels.run(f"scan_sequence_kernel_{suffix}", launch.problem, launch.tiles, 32)
+    if launch.tiles >= 8 * kernels.num_multiprocessors:
+        kind = "sequence" if states is None else "sequence_states"
+        kernels.run(f"scan_{kind}_kernel_{suffix}", launch.problem, launch.tiles, 32)
         return results
     num_chunks = 3 * kernels.num_multiprocessors // launch.tiles
     chunk = -(-length // max(num_chunks, 1) // 64) * 64

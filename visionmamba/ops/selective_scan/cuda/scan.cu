@@ -5,9 +5,9 @@
 // L2 cache; H200, driver 580.159.04, torch 2.11.0+cu130, 2026-11-23. Roof: the exponential unit at the 1.80 GHz that the
 // chip holds while tensor cores work (1.98 GHz otherwise). scan_forward and scan_backward of library.py remake it.
 //   (B, d_inner, L)   forward   of the roof   forward + backward (which runs the forward again)
-//   (64, 384, 197)         66          70 %      499
-//   (8, 384, 6085)        256          70 %     1415
-//   (1, 384, 6085)         64          34 %      660   two passes over eight chunks
+//   (64, 384, 197)         66          70 %      474
+//   (8, 384, 6085)        253          70 %     1409
+//   (1, 384, 6085)         63          35 %      655   two passes over eight chunks
 //
 // Plan. A warp owns a tile of 16 channels x 16 states in the accumulator layout of mma.m16n8: lane (g, t) = (lane / 4,
 // lane % 4) holds channels 2g, 2g+1 and states 4t .. 4t+3, eight numbers. Tokens come in groups of 8; lane (g, t) loads,
@@ -424,7 +424,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
 }
 
 // y of every sequence, one warp a sequence tile: for many sequences.
-template <class T, bool SOFTPLUS>
+template <class T, bool SOFTPLUS, bool STATES>
 __device__ __forceinline__ void scan_sequence(const Problem &p) {
   const Lane l;
   const Place at(p, blockIdx.x, l);
@@ -441,11 +441,13 @@ __device__ __forceinline__ void scan_sequence(const Problem &p) {
   const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E), D = pair_of(d.D, at.channel, at.valid, 1.f);
   Raw<T> raw;
   walk.load(raw, p.length, l, at.valid, at.whole);
+  float4 *states = p.states + at.tile * ((p.length + 7) / 8) * 64;
 #pragma unroll 1
   for (int left = p.length; left > 0; left -= 8) {
     Group<T, SOFTPLUS> group;
     group.prepare(raw, bias, left, l);
     walk.load(raw, left - 8, l, at.valid, at.whole);
+    if (STATES) h.store(states, l.lane), states += 64;
     float kept[2][2];
 #pragma unroll
     for (int k = 0; k < 8; k++) {
@@ -859,7 +861,7 @@ GATE(float32_wide, Fp32, 2)
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32, 20)                                                        \
       scan_sequence_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
-    scan_sequence<T, SOFTPLUS>(p);                                                                            \
+    scan_sequence<T, SOFTPLUS, false>(p);                                                                     \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32 * PARTS *MAX_RINGS, 1)                                      \
       scan_chunks_kernel_##NAME(const __grid_constant__ Problem p) {                                          \
@@ -876,6 +878,10 @@ FORWARD(float32, Fp32, false)
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_states_kernel_##NAME(const __grid_constant__ Problem p) {                                          \
     scan_forward<Bf16, SOFTPLUS, true>(p);                                                                    \
+  }                                                                                                           \
+  extern "C" __global__ void __launch_bounds__(32, 20)                                                        \
+      scan_sequence_states_kernel_##NAME(const __grid_constant__ Problem p) {                                 \
+    scan_sequence<Bf16, SOFTPLUS, true>(p);                                                                   \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_backward_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
