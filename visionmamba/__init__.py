@@ -1,6 +1,6 @@
 """Vision Mamba: bidirectional selective state-space vision backbones.
 
-The public names; each is imported at its first use, so that `import visionmamba` is quick and light.
+The public names; each is imported at its first use, so that `import visionmamba` is quick.
 """
 
 from importlib import import_module
