@@ -171,6 +171,19 @@ def test_gate_matches_float64(channels, dtype):
     assert relative_error(actual_dz, dz) < VALUE_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+def test_gradients_on_less_shared_memory(shared_kib, monkeypatch):
+    direction = make_direction((9, 384, 65))
+    dy = torch.randn_like(direction.x)
+    dlast_state = torch.randn_like(direction.initial_state)
+    expected = backward_in_float64(direction, dy, dlast_state)
+    kernels = library._kernels(direction.x.device)
+    monkeypatch.setattr(kernels, "_shared_bytes", shared_kib * 1024)
+    (actual,), _ = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
+    for name in NAMES:
+        assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name
+
+
 @pytest.mark.slow
 def test_a_million_tokens_match_float64():
     direction = make_direction((1, 32, 1_048_577), reverse=True)

@@ -24,7 +24,9 @@ GROUP = 8
 """Tokens of a turn; the state entering each group is what a backward needs."""
 _WARPS, _PARTS, _MAX_RINGS = 4, 8, 3
 _SCRATCH_BYTES = 1 << 30
-_SHARED_BYTES = _MAX_RINGS * _WARPS * (64 * 16 + 2 * (64 * 16 + 5 * 256) + 256 + 8 * 64 * 16)
+_SHARED_SLOTS = _MAX_RINGS * _WARPS * 64 * 16
+_SHARED_PER_RING = _WARPS * (2 * (64 * 16 + 5 * 256) + 256 + 8 * 64 * 16)
+"""Bytes of shared memory of a backward's block: BackwardShared in scan.cu."""
 _FORWARD_READS, _BACKWARD_READS = (2, 2), (8, 4)
 """Neighbouring channels and states that the kernels read at once."""
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -439,7 +441,7 @@ def _backward(
         outputs.append(of_direction)
     suffix = _NAMES[x.dtype] + ("_softplus" if dt_softplus else "")
     name = f"scan_backward_kernel_{suffix}"
-    kernels.run_rings(name, launch, launch.tiles, _WARPS, shared_bytes=_SHARED_BYTES)
+    kernels.run_rings(name, launch, launch.tiles, _WARPS, shared=(_SHARED_SLOTS, _SHARED_PER_RING))
     return [
         Gradients(
             dx=found["dx"],
@@ -465,6 +467,8 @@ class _Kernels:
         self.num_multiprocessors: int = properties.multi_processor_count
         code = compiled_kernels(f"sm_{properties.major}{properties.minor}")
         self._can_start_early = properties.major >= 9
+        self._most_shared_bytes: int = properties.shared_memory_per_block_optin
+        self._shared_bytes = self._most_shared_bytes
         self._module = self._checked(self._driver.cuModuleLoadData(code))
         self._functions: dict[str, Any] = {}
 
@@ -475,18 +479,23 @@ class _Kernels:
         num_rings: int,
         num_warps: int,
         *,
-        shared_bytes: int = 0,
+        shared: tuple[int, int] = (0, 0),
         starts_early: bool = False,
     ) -> None:
-        """Run a kernel of rings of warps, as many a block as make the multiprocessors even."""
-        rings = min(_MAX_RINGS, -(-num_rings // self.num_multiprocessors))
-        blocks, threads = -(-num_rings // rings), 32 * num_warps * rings
+        """Run a kernel of rings of warps, as many a block as make the multiprocessors even.
+
+        shared: bytes of dynamic shared memory that a block and each of its rings need; fewer rings
+            share a block where they do not fit.
+        """
+        fixed, per_ring = shared
+        most = min(_MAX_RINGS, (self._shared_bytes - fixed) // per_ring) if per_ring else _MAX_RINGS
+        rings = min(most, -(-num_rings // self.num_multiprocessors))
         self.run(
             name,
             launch.problem,
-            blocks,
-            threads,
-            shared_bytes=shared_bytes,
+            -(-num_rings // rings),
+            32 * num_warps * rings,
+            shared_bytes=fixed + per_ring * rings,
             starts_early=starts_early,
         )
 
@@ -515,21 +524,19 @@ class _Kernels:
                 attribute.id = identity.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
                 attribute.value.programmaticStreamSerializationAllowed = 1
                 config.attrs, config.numAttrs = [attribute], 1
-            function = self._function(name, shared_bytes)
+            function = self._function(name)
             address = ctypes.addressof(parameters)
             self._checked(driver.cuLaunchKernelEx(config, function, address, 0))
 
-    def _function(self, name: str, shared_bytes: int) -> Any:
+    def _function(self, name: str) -> Any:
         if name not in self._functions:
-            function = self._checked(self._driver.cuModuleGetFunction(self._module, name.encode()))
-            if shared_bytes > 48 * 1024:
-                largest = self._driver.CUfunction_attribute
+            driver = self._driver
+            function = self._checked(driver.cuModuleGetFunction(self._module, name.encode()))
+            if name.startswith("scan_backward"):
+                largest = driver.CUfunction_attribute
+                attribute = largest.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self._checked(
-                    self._driver.cuFuncSetAttribute(
-                        function,
-                        largest.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                        shared_bytes,
-                    )
+                    driver.cuFuncSetAttribute(function, attribute, self._most_shared_bytes)
                 )
             self._functions[name] = function
         return self._functions[name]
