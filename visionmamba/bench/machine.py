@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-_PACKAGES = ("visionmamba", "torch", "torchvision", "timm", "numpy")
+from visionmamba import __version__
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +42,10 @@ class Machine:
     def sentence(self) -> str:
         """Say all of it in one line of Markdown, for below a table."""
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        commit = f"commit {self.commit}, " if self.commit else ""
         return (
             f"`{self.command}`: {self.accelerator or self.processor}, {self.num_threads} threads, "
-            f"{versions}, commit {self.commit}, {self.date}."
+            f"{versions}, {commit}{self.date}."
         )
 
 
@@ -61,7 +64,7 @@ def describe_machine(device: str, *, command: str) -> Machine:
         num_threads=torch.get_num_threads(),
         memory_gib=_memory_gib(),
         system=f"{platform.system()} {platform.machine()}",
-        versions={"python": platform.python_version()}
+        versions={"python": platform.python_version(), "visionmamba": __version__}
         | {package: version(package) for package in _PACKAGES},
         commit=_commit(),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

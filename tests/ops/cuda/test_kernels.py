@@ -33,7 +33,8 @@ SHAPES = [(1, 2, 1), (2, 16, 8), (3, 18, 31), FULL, (1, 384, 1025), FEW, MANY, (
 def relative_error(actual, expected):
     if not torch.isfinite(actual).all():
         return float("nan")
-    return float((actual.double() - expected).norm() / expected.norm())
+    actual, expected = actual.detach().double(), expected.detach()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def make_direction(shape, *, reverse=False, dtype=torch.bfloat16, d_state=16):

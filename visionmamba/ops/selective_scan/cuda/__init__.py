@@ -15,6 +15,7 @@ from visionmamba.ops.kernel_cache import UnavailableError
 from visionmamba.ops.selective_scan.cuda.library import check_available
 
 ENVIRONMENT_VARIABLE = "VISIONMAMBA_CUDA_BACKEND"
+_REASON = "compiled by NVRTC at first use; gradients of float32 and float16 in plain PyTorch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,4 +62,4 @@ def _choose(index: int) -> CudaBackend:
             f"visionmamba runs its scans on GPU {index} in plain PyTorch: {error}", stacklevel=2
         )
         return CudaBackend(has_kernels=False, reason=str(error))
-    return CudaBackend(has_kernels=True, reason="compiled by NVRTC at first use")
+    return CudaBackend(has_kernels=True, reason=_REASON)

@@ -6,6 +6,9 @@ gradients of other dtypes come from the PyTorch path. A backward runs the forwar
 states, so nothing is kept in between.
 """
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,7 +63,20 @@ def _direction(
 
 
 def _takes(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
-    return x.dtype in dtypes and x.numel() > 0 and cuda_backend(x.device).has_kernels
+    if x.numel() == 0 or not cuda_backend(x.device).has_kernels:
+        return False
+    if x.dtype in _FORWARD and x.dtype not in dtypes:
+        _warn_of_slow_gradients(x.dtype)
+    return x.dtype in dtypes
+
+
+@functools.cache
+def _warn_of_slow_gradients(dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"visionmamba computes the gradients of {str(dtype).removeprefix('torch.')} scans on the "
+        "GPU in plain PyTorch, many times slower; train under torch.autocast to bfloat16",
+        stacklevel=2,
+    )
 
 
 @torch.library.impl("visionmamba::selective_scan", "cuda")
