@@ -68,6 +68,7 @@ class Demo:
         from visionmamba.data import Digits
 
         console = Console()
+        splits = Digits().build()  # before anything is written: the extra may be missing
         self.out.mkdir(parents=True, exist_ok=True)
         if self.fresh:
             for name in (*_MODELS, "efficiency"):
@@ -75,7 +76,6 @@ class Demo:
         console.rule("training Vim and DeiT on handwritten digits")
         results = self._train(console)
         console.rule("classifying the test digits")
-        splits = Digits().build()
         test = splits.val
         answers = {model: self._classify(model, test, console) for model in _MODELS}
         console.rule("measuring Vim-Ti and DeiT-Ti on this machine")
