@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from visionmamba.ops.cpu import cpu_backend
-from visionmamba.ops.selective_scan.cuda import cuda_backend
+from visionmamba.ops.cuda import cuda_backend
 
 SCANS = ("selective_scan", "bidirectional_scan")
 OPS = (*SCANS, "causal_conv1d", "bidirectional_conv1d", "rms_norm")

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from visionmamba.ops.selective_scan.chunked import (
-    selective_scan_backward_chunked,
-    selective_scan_chunked,
-)
-from visionmamba.ops.selective_scan.cuda import library
-from visionmamba.ops.selective_scan.cuda.library import (
+from visionmamba.ops.cuda import driver
+from visionmamba.ops.cuda.scan import (
     Direction,
     gate_backward,
     gate_forward,
     scan_backward,
     scan_forward,
+)
+from visionmamba.ops.selective_scan.chunked import (
+    selective_scan_backward_chunked,
+    selective_scan_chunked,
 )
 
 pytestmark = pytest.mark.gpu
@@ -178,8 +178,8 @@ def test_gradients_on_less_shared_memory(shared_kib, monkeypatch):
     dy = torch.randn_like(direction.x)
     dlast_state = torch.randn_like(direction.initial_state)
     expected = backward_in_float64(direction, dy, dlast_state)
-    kernels = library._kernels(direction.x.device)
-    monkeypatch.setattr(kernels, "_shared_bytes", shared_kib * 1024)
+    kernels = driver.kernels("scan", direction.x.device)
+    monkeypatch.setattr(kernels, "shared_bytes", shared_kib * 1024)
     (actual,), _ = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
     for name in NAMES:
         assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name

@@ -6,17 +6,14 @@ one dtype out of float32, bfloat16 and float16, parameters and states float32.
 
 import ctypes
 import functools
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionmamba.ops.kernel_cache import UnavailableError
-from visionmamba.ops.selective_scan.cuda.build import compiled_kernels
+from visionmamba.ops.cuda.driver import Kernels, kernels
 
 STATES = 16
 """States of a tile; more are scanned in slices of as many."""
@@ -308,7 +305,9 @@ def _gate(
         problem.dy_token = dy.stride(1) * dy.element_size()
     name = f"gate_{'forward' if dy is None else 'backward'}_kernel_{_NAMES[z.dtype]}"
     threads = batch * length * (width // reads)
-    _kernels(a.device).run(name + ("_wide" if wide else ""), problem, -(-threads // 256), 256)
+    kernels("scan", a.device).launch(
+        name + ("_wide" if wide else ""), problem, -(-threads // 256), 256
+    )
     return out[..., :channels], dz[..., :channels]
 
 
@@ -356,7 +355,7 @@ def _forward(
 ) -> list[tuple[Tensor, Tensor]]:
     x = directions[0].x
     batch, length, channels = x.shape
-    kernels = _kernels(x.device)
+    on = kernels("scan", x.device)
     launch = _Launch(directions)
     results = []
     for i in range(len(directions)):
@@ -368,11 +367,11 @@ def _forward(
     suffix = _NAMES[x.dtype] + ("_softplus" if dt_softplus else "")
     if states is not None:
         launch.use("states", states)
-    if launch.tiles >= 8 * kernels.num_multiprocessors:
+    if launch.tiles >= 8 * on.num_multiprocessors:
         kind = "sequence" if states is None else "sequence_states"
-        kernels.run(f"scan_{kind}_kernel_{suffix}", launch.problem, launch.tiles, 32)
+        on.launch(f"scan_{kind}_kernel_{suffix}", launch.problem, launch.tiles, 32)
         return results
-    num_chunks = 3 * kernels.num_multiprocessors // launch.tiles
+    num_chunks = 3 * on.num_multiprocessors // launch.tiles
     chunk = -(-length // max(num_chunks, 1) // 64) * 64
     if num_chunks >= 4 and chunk >= 64:
         num_chunks = -(-length // chunk)
@@ -386,9 +385,10 @@ def _forward(
         launch.use("carry_dt", carry[launch.tiles * num_chunks * STATES * STATES :])
         if num_chunks > 1:
             rings = launch.tiles * (num_chunks - 1)
-            kernels.run_rings(f"scan_chunks_kernel_{suffix}", launch, rings, _PARTS)
+            _launch_rings(on, f"scan_chunks_kernel_{suffix}", launch, rings, _PARTS)
     num_chunks = launch.problem.num_chunks
-    kernels.run_rings(
+    _launch_rings(
+        on,
         f"scan_{'forward' if states is None else 'states'}_kernel_{suffix}",
         launch,
         launch.tiles * num_chunks,
@@ -407,7 +407,7 @@ def _backward(
 ) -> list[Gradients]:
     x = directions[0].x
     batch, length, channels = x.shape
-    kernels = _kernels(x.device)
+    on = kernels("scan", x.device)
     launch = _Launch(directions)
     launch.use("states", states)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -441,7 +441,7 @@ def _backward(
         outputs.append(of_direction)
     suffix = _NAMES[x.dtype] + ("_softplus" if dt_softplus else "")
     name = f"scan_backward_kernel_{suffix}"
-    kernels.run_rings(name, launch, launch.tiles, _WARPS, shared=(_SHARED_SLOTS, _SHARED_PER_RING))
+    _launch_rings(on, name, launch, launch.tiles, _WARPS, shared=(_SHARED_SLOTS, _SHARED_PER_RING))
     return [
         Gradients(
             dx=found["dx"],
@@ -457,118 +457,29 @@ def _backward(
     ]
 
 
-class _Kernels:
-    """The kernels loaded on one GPU."""
+def _launch_rings(
+    on: Kernels,
+    name: str,
+    launch: _Launch,
+    num_rings: int,
+    num_warps: int,
+    *,
+    shared: tuple[int, int] = (0, 0),
+    starts_early: bool = False,
+) -> None:
+    """Run a kernel of rings of warps, as many a block as make the multiprocessors even.
 
-    def __init__(self, device: int) -> None:
-        self._driver: Any = importlib.import_module("cuda.bindings.driver")
-        self._device = device
-        properties = torch.cuda.get_device_properties(device)
-        self.num_multiprocessors: int = properties.multi_processor_count
-        code = compiled_kernels(f"sm_{properties.major}{properties.minor}")
-        self._can_start_early = properties.major >= 9
-        self._most_shared_bytes: int = properties.shared_memory_per_block_optin
-        self._shared_bytes = self._most_shared_bytes
-        self._module = self._checked(self._driver.cuModuleLoadData(code))
-        self._functions: dict[str, Any] = {}
-
-    def run_rings(
-        self,
-        name: str,
-        launch: _Launch,
-        num_rings: int,
-        num_warps: int,
-        *,
-        shared: tuple[int, int] = (0, 0),
-        starts_early: bool = False,
-    ) -> None:
-        """Run a kernel of rings of warps, as many a block as make the multiprocessors even.
-
-        shared: bytes of dynamic shared memory that a block and each of its rings need; fewer rings
-            share a block where they do not fit.
-        """
-        fixed, per_ring = shared
-        most = min(_MAX_RINGS, (self._shared_bytes - fixed) // per_ring) if per_ring else _MAX_RINGS
-        rings = min(most, -(-num_rings // self.num_multiprocessors))
-        self.run(
-            name,
-            launch.problem,
-            -(-num_rings // rings),
-            32 * num_warps * rings,
-            shared_bytes=fixed + per_ring * rings,
-            starts_early=starts_early,
-        )
-
-    def run(
-        self,
-        name: str,
-        problem: ctypes.Structure,
-        blocks: int,
-        threads: int,
-        *,
-        shared_bytes: int = 0,
-        starts_early: bool = False,
-    ) -> None:
-        """Launch on torch's current stream; starts_early: the kernel itself waits for the last."""
-        driver = self._driver
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(problem))
-        with torch.cuda.device(self._device):
-            config = driver.CUlaunchConfig()
-            config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-            config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-            config.sharedMemBytes = shared_bytes
-            config.hStream = torch.cuda.current_stream().cuda_stream
-            if starts_early and self._can_start_early:
-                attribute = driver.CUlaunchAttribute()
-                identity = driver.CUlaunchAttributeID
-                attribute.id = identity.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-                attribute.value.programmaticStreamSerializationAllowed = 1
-                config.attrs, config.numAttrs = [attribute], 1
-            function = self._function(name)
-            address = ctypes.addressof(parameters)
-            self._checked(driver.cuLaunchKernelEx(config, function, address, 0))
-
-    def _function(self, name: str) -> Any:
-        if name not in self._functions:
-            driver = self._driver
-            function = self._checked(driver.cuModuleGetFunction(self._module, name.encode()))
-            if name.startswith("scan_backward"):
-                largest = driver.CUfunction_attribute
-                attribute = largest.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._checked(
-                    driver.cuFuncSetAttribute(function, attribute, self._most_shared_bytes)
-                )
-            self._functions[name] = function
-        return self._functions[name]
-
-    def _checked(self, result: tuple[Any, ...]) -> Any:
-        status, *values = result
-        if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"the CUDA driver fails with {status.name}")
-        return values[0] if values else None
-
-
-def _kernels(device: torch.device) -> _Kernels:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _kernels_of(index)
-
-
-@functools.cache
-def _kernels_of(index: int) -> _Kernels:
-    with torch.cuda.device(index):
-        torch.empty(0, device="cuda").zero_()  # makes the context current in this thread
-        return _Kernels(index)
-
-
-def check_available(device: torch.device) -> None:
-    """Load the kernels on a GPU.
-
-    Raises:
-        UnavailableError: they cannot be had there; the message says why.
+    shared: bytes of dynamic shared memory that a block and each of its rings need; fewer rings
+        share a block where they do not fit.
     """
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 0) or torch.version.hip is not None:
-        raise UnavailableError(
-            f"the kernels need an NVIDIA GPU of sm_80 or newer, not {major}.{minor}"
-        )
-    _kernels(device)
+    fixed, per_ring = shared
+    most = min(_MAX_RINGS, (on.shared_bytes - fixed) // per_ring) if per_ring else _MAX_RINGS
+    rings = min(most, -(-num_rings // on.num_multiprocessors))
+    on.launch(
+        name,
+        launch.problem,
+        -(-num_rings // rings),
+        32 * num_warps * rings,
+        shared_bytes=fixed + per_ring * rings,
+        starts_early=starts_early,
+    )

@@ -18,18 +18,18 @@ from visionmamba.ops.bidirectional import (
     bidirectional_scan_backward_torch,
     bidirectional_scan_torch,
 )
-from visionmamba.ops.selective_scan import checkpoint_length, num_checkpoints
-from visionmamba.ops.selective_scan.chunked import (
-    selective_scan_backward_chunked,
-    selective_scan_chunked,
-)
-from visionmamba.ops.selective_scan.cuda import cuda_backend
-from visionmamba.ops.selective_scan.cuda.library import (
+from visionmamba.ops.cuda import cuda_backend
+from visionmamba.ops.cuda.scan import (
     Direction,
     gate_backward,
     gate_forward,
     scan_backward,
     scan_forward,
+)
+from visionmamba.ops.selective_scan import checkpoint_length, num_checkpoints
+from visionmamba.ops.selective_scan.chunked import (
+    selective_scan_backward_chunked,
+    selective_scan_chunked,
 )
 
 _FORWARD = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from visionmamba.ops.cuda.driver import check_available
 from visionmamba.ops.kernel_cache import UnavailableError
-from visionmamba.ops.selective_scan.cuda.library import check_available
 
 ENVIRONMENT_VARIABLE = "VISIONMAMBA_CUDA_BACKEND"
 _REASON = "compiled by NVRTC at first use; gradients of float32 and float16 in plain PyTorch"

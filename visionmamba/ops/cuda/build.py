@@ -10,23 +10,32 @@ from typing import Any
 
 from visionmamba.ops.kernel_cache import UnavailableError, cached_file
 
-SOURCE = Path(__file__).with_name("scan.cu")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
+"""Names of the sources, one module of kernels each."""
 OPTIONS = ("--std=c++17", "--ftz=true", "--prec-div=true")
 
 
-def compiled_kernels(architecture: str) -> bytes:
-    """Return the machine code for an architecture such as "sm_90", cached or freshly compiled.
+def source_text(name: str) -> bytes:
+    """Return the CUDA C++ of one of SOURCES, with what all of them share in front."""
+    return (FOLDER / "activations.cuh").read_bytes() + (FOLDER / f"{name}.cu").read_bytes()
+
+
+def compiled_kernels(name: str, architecture: str) -> bytes:
+    """Return the machine code of one of SOURCES for an architecture such as "sm_90".
+
+    It comes from the cache, or is compiled (some seconds) and stored there.
 
     Raises:
         UnavailableError: NVRTC is missing or fails, or the cache directory is unusable or unsafe.
     """
+    source = source_text(name)
     nvrtc = _nvrtc()
-    source = SOURCE.read_bytes()
     _, major, minor = nvrtc.nvrtcVersion()
     digest = hashlib.sha256()
     for part in (source, *(option.encode() for option in OPTIONS), f"{major}.{minor}".encode()):
         digest.update(hashlib.sha256(part).digest())
-    key = f"scan-{architecture}-{digest.hexdigest()[:24]}"
+    key = f"{name}-{architecture}-{digest.hexdigest()[:24]}"
     return cached_file(
         key, ".cubin", lambda path: path.write_bytes(compile_kernels(source, architecture))
     ).read_bytes()
@@ -39,14 +48,14 @@ def compile_kernels(source: bytes, architecture: str) -> bytes:
         UnavailableError: NVRTC is missing, or rejects the source; the message ends with its log.
     """
     nvrtc = _nvrtc()
-    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source, b"scan.cu", 0, [], []))
+    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source, b"kernels.cu", 0, [], []))
     options = [option.encode() for option in (f"--gpu-architecture={architecture}", *OPTIONS)]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
         text = log.decode(errors="replace").strip("\0 ")
-        raise UnavailableError(f"NVRTC does not compile the scan for {architecture}: {text}")
+        raise UnavailableError(f"NVRTC does not compile the kernels for {architecture}: {text}")
     code: bytes = b" " * _checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
