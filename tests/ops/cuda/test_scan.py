@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from visionmamba.ops.cuda import driver
+from visionmamba.ops.cuda import driver, scan
 from visionmamba.ops.cuda.scan import (
     Direction,
     gate_backward,
@@ -150,7 +150,7 @@ def test_the_batch_is_cut_where_the_states_would_fill_the_memory(monkeypatch):
     direction = make_direction((5, 32, 40))
     dy = torch.randn_like(direction.x)
     (whole,), _ = scan_backward([direction], [dy], [None], dt_softplus=True)
-    monkeypatch.setattr(library, "_SCRATCH_BYTES", 1 << 16)
+    monkeypatch.setattr(scan, "_SCRATCH_BYTES", 1 << 16)
     (cut,), _ = scan_backward([direction], [dy], [None], dt_softplus=True)
     for name in ("dx", "ddt", "dB", "dC", "dinitial_state"):
         assert torch.equal(getattr(cut, name), getattr(whole, name)), name
