@@ -9,7 +9,7 @@ from visionmamba.ops.cuda import build
 from visionmamba.ops.cuda.build import compiled_kernels
 from visionmamba.ops.kernel_cache import UnavailableError
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 SMALL = b'extern "C" __global__ void nothing_kernel() {}'
 
 

@@ -59,7 +59,8 @@ class Kernels:
         self._device = device
         self._driver = _driver()
         self._functions: dict[str, ctypes.c_void_p] = {}
-        code = compiled_kernels(source, f"sm_{properties.major}{properties.minor}")
+        suffix = "a" if self.capability == (9, 0) else ""  # wgmma is of this architecture alone
+        code = compiled_kernels(source, f"sm_{properties.major}{properties.minor}{suffix}")
         self._module = ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.empty(0, device="cuda").zero_()  # makes the context current in this thread
