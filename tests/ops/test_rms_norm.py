@@ -117,7 +117,8 @@ def test_opcheck(with_residual, device):
     arguments = (x, weight, residual if with_residual else None, 1e-5)
     torch.library.opcheck(torch.ops.visionmamba.rms_norm, arguments)
     ones = torch.ones_like(x)
-    backward = (ones, ones if with_residual else None, x.detach(), weight.detach(), 1e-5)
+    dtotal, residual_dtype = (ones, torch.bfloat16) if with_residual else (None, None)
+    backward = (ones, dtotal, x.detach(), weight.detach(), 1e-5, torch.float32, residual_dtype)
     torch.library.opcheck(torch.ops.visionmamba.rms_norm_backward, backward)
 
 

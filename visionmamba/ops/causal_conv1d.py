@@ -143,6 +143,35 @@ def causal_conv1d_backward_torch(
         return dx.to(x.dtype), dweight, dbias
 
 
+def bidirectional_conv1d_torch(
+    x: Tensor,
+    weight_f: Tensor,
+    weight_b: Tensor,
+    bias_f: Tensor | None,
+    bias_b: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the results of both directions by plain PyTorch operations."""
+    u_f = causal_conv1d_torch(x, weight_f, bias_f, False, silu)
+    return u_f, causal_conv1d_torch(x, weight_b, bias_b, True, silu)
+
+
+def bidirectional_conv1d_backward_torch(
+    du_f: Tensor,
+    du_b: Tensor,
+    x: Tensor,
+    weight_f: Tensor,
+    weight_b: Tensor,
+    bias_f: Tensor | None,
+    bias_b: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, both weights and both biases by plain PyTorch operations."""
+    dx_f, dw_f, db_f = causal_conv1d_backward_torch(du_f, x, weight_f, bias_f, False, silu)
+    dx_b, dw_b, db_b = causal_conv1d_backward_torch(du_b, x, weight_b, bias_b, True, silu)
+    return dx_f + dx_b, dw_f, dw_b, db_f, db_b
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
     taps = _shifted(x, weight.shape[1], reverse)
     y = taps[0] * weight[:, 0]
@@ -227,8 +256,7 @@ def _bidirectional_conv1d(
                 x, (weight_f, weight_b), (bias_f, bias_b), (False, True), silu
             )
             return u_f, u_b
-    u_f = causal_conv1d_torch(x, weight_f, bias_f, False, silu)
-    return u_f, causal_conv1d_torch(x, weight_b, bias_b, True, silu)
+    return bidirectional_conv1d_torch(x, weight_f, weight_b, bias_f, bias_b, silu)
 
 
 @_bidirectional_conv1d.register_fake
@@ -262,9 +290,9 @@ def _bidirectional_conv1d_backward(
                 (du_f, du_b), x, (weight_f, weight_b), (bias_f, bias_b), (False, True), silu
             )
             return dx, dweights[0], dweights[1], dbiases[0], dbiases[1]
-    dx_f, dw_f, db_f = causal_conv1d_backward_torch(du_f, x, weight_f, bias_f, False, silu)
-    dx_b, dw_b, db_b = causal_conv1d_backward_torch(du_b, x, weight_b, bias_b, True, silu)
-    return dx_f + dx_b, dw_f, dw_b, db_f, db_b
+    return bidirectional_conv1d_backward_torch(
+        du_f, du_b, x, weight_f, weight_b, bias_f, bias_b, silu
+    )
 
 
 @_bidirectional_conv1d_backward.register_fake

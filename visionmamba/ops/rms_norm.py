@@ -79,8 +79,10 @@ def rms_norm_backward_torch(
     total: Tensor,
     weight: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of total = residual + x (in the weight's dtype) and of the weight."""
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the backward op's three results by plain PyTorch operations."""
     with torch.autocast(total.device.type, enabled=False):
         values = total.to(weight.dtype)
         if dnormed is None:
@@ -94,7 +96,19 @@ def rms_norm_backward_torch(
             dweight = (dnormed * unit).flatten(0, -2).sum(0) if values.ndim > 1 else dnormed * unit
         if dtotal is not None:
             dvalues = dvalues + dtotal
-        return dvalues.to(weight.dtype), dweight
+        return *_in_both_dtypes(dvalues, x_dtype, residual_dtype), dweight
+
+
+def _in_both_dtypes(
+    dvalues: Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient in x's dtype and, where another is wanted, in the residual's."""
+    dx = dvalues.to(x_dtype)
+    if residual_dtype is None or residual_dtype == x_dtype:
+        return dx, dx.new_empty(0)
+    if residual_dtype == dvalues.dtype:
+        return dx, dvalues
+    return dx, dvalues.to(residual_dtype)
 
 
 @torch.library.custom_op("visionmamba::rms_norm", mutates_args=())
@@ -117,20 +131,42 @@ def _(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[T
 
 @torch.library.custom_op("visionmamba::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(
-    dnormed: Tensor | None, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    dnormed: Tensor | None,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    eps: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, of the residual and of the weight.
+
+    The residual's is empty without a residual, and where its dtype is x's: dx then serves both.
+    """
     if total.device.type == "cpu" and total.dtype != torch.float64:
         kernels = cpu_backend().kernels
         if kernels is not None:
-            return kernels.rms_norm_backward(dnormed, dtotal, total, weight, eps)
-    return rms_norm_backward_torch(dnormed, dtotal, total, weight, eps)
+            dvalues, dweight = kernels.rms_norm_backward(dnormed, dtotal, total, weight, eps)
+            return *_in_both_dtypes(dvalues, x_dtype, residual_dtype), dweight
+    return rms_norm_backward_torch(dnormed, dtotal, total, weight, eps, x_dtype, residual_dtype)
 
 
 @_rms_norm_backward.register_fake
 def _(
-    dnormed: Tensor | None, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(total.shape), weight.new_empty(weight.shape)
+    dnormed: Tensor | None,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    eps: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = total.new_empty(total.shape, dtype=x_dtype)
+    if residual_dtype is None or residual_dtype == x_dtype:
+        dresidual = dx.new_empty(0)
+    else:
+        dresidual = total.new_empty(total.shape, dtype=residual_dtype)
+    return dx, dresidual, weight.new_empty(weight.shape)
 
 
 def _setup_context(
@@ -149,9 +185,12 @@ def _backward(ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None) -> tuple[
     total, weight = ctx.saved_tensors
     if ctx.residual_dtype is None:
         dtotal = None
-    dvalues, dweight = _rms_norm_backward(dnormed, dtotal, total, weight, ctx.eps)
-    dresidual = None if ctx.residual_dtype is None else dvalues.to(ctx.residual_dtype)
-    return dvalues.to(ctx.x_dtype), dweight, dresidual, None
+    dx, dresidual, dweight = _rms_norm_backward(
+        dnormed, dtotal, total, weight, ctx.eps, ctx.x_dtype, ctx.residual_dtype
+    )
+    if ctx.residual_dtype is None:
+        return dx, dweight, None, None
+    return dx, dweight, dx if ctx.residual_dtype == ctx.x_dtype else dresidual, None
 
 
 _rms_norm.register_autograd(_backward, setup_context=_setup_context)
