@@ -4,6 +4,7 @@ from visionmamba.ops.backends import BackendStatus, backends
 from visionmamba.ops.bidirectional import bidirectional_scan
 from visionmamba.ops.causal_conv1d import bidirectional_conv1d, causal_conv1d
 from visionmamba.ops.cuda import ops as _cuda_ops  # noqa: F401  (attaches kernels)
+from visionmamba.ops.cuda import pointwise_ops as _pointwise_ops  # noqa: F401  (attaches kernels)
 from visionmamba.ops.rms_norm import rms_norm
 from visionmamba.ops.selective_scan import selective_scan
 

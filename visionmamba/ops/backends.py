@@ -7,8 +7,13 @@ import torch
 from visionmamba.ops.cpu import cpu_backend
 from visionmamba.ops.cuda import cuda_backend
 
-SCANS = ("selective_scan", "bidirectional_scan")
-OPS = (*SCANS, "causal_conv1d", "bidirectional_conv1d", "rms_norm")
+OPS = (
+    "selective_scan",
+    "bidirectional_scan",
+    "causal_conv1d",
+    "bidirectional_conv1d",
+    "rms_norm",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +36,11 @@ def backends() -> tuple[BackendStatus, ...]:
     name = "torch" if cpu.kernels is None else "cpp"
     found = [BackendStatus(op=op, device="cpu", name=name, reason=cpu.reason) for op in OPS]
     if torch.cuda.is_available():
-        found += [_on_cuda(op) for op in OPS]
+        found += [_on_cuda(op) for op in (*OPS, "fused_mixer")]
     return tuple(found)
 
 
 def _on_cuda(op: str) -> BackendStatus:
-    if op not in SCANS:
-        reason = "no kernel of our own for it on CUDA"
-        return BackendStatus(op=op, device="cuda", name="torch", reason=reason)
     cuda = cuda_backend(torch.device("cuda"))
     name = "cuda" if cuda.has_kernels else "torch"
     return BackendStatus(op=op, device="cuda", name=name, reason=cuda.reason)

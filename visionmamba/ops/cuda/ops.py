@@ -19,10 +19,9 @@ from visionmamba.ops.bidirectional import (
     bidirectional_scan_torch,
 )
 from visionmamba.ops.cuda import cuda_backend
+from visionmamba.ops.cuda.gate import gate, gate_gradients
 from visionmamba.ops.cuda.scan import (
     Direction,
-    gate_backward,
-    gate_forward,
     scan_backward,
     scan_forward,
 )
@@ -103,7 +102,7 @@ def _(
     direction = _direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse)
     ((y, last_state),) = scan_forward([direction], dt_softplus=dt_softplus)
     if z is not None:
-        y = gate_forward(y, None, z, 1.0)
+        y = gate(y, None, z, 1.0)
     return y.contiguous(), last_state.contiguous(), A.new_empty((x.shape[0], checkpoints, *A.shape))
 
 
@@ -131,10 +130,10 @@ def _(
     direction = _direction(x, dt, A, B, C, D, dt_bias, initial_state, reverse)
     dscan, dz = dy, dy.new_empty(0)
     if z is not None:
-        dscan = gate_backward(dy, dy, None, z, 1.0)[0]
+        dscan = gate_gradients(dy, dy, None, z, 1.0)[0]
     (grads,), (y,) = scan_backward([direction], [dscan], [dlast_state], dt_softplus=dt_softplus)
     if z is not None:
-        dz = gate_backward(dy, y, None, z, 1.0)[1].contiguous()
+        dz = gate_gradients(dy, y, None, z, 1.0)[1].contiguous()
     nothing = A.new_empty(0)
     return (
         grads.dx.contiguous(),
@@ -207,7 +206,7 @@ def _(
         if z is None:
             y = as_stored((y_f.float() + y_b) * scale, x_f.dtype)
         else:
-            y = gate_forward(y_f, y_b, z, scale).contiguous()
+            y = gate(y_f, y_b, z, scale).contiguous()
     checkpoints = num_checkpoints(x_f.shape[1], x_f.device) if save_states else 0
     kept_f, kept_b = (A.new_empty((x_f.shape[0], checkpoints, *A.shape)) for A in (A_f, A_b))
     return y, last_f.contiguous(), last_b.contiguous(), kept_f, kept_b
@@ -256,10 +255,10 @@ def _(
         if z is None:
             dscan = (dy.float() * scale).to(x_f.dtype)
         else:
-            dscan = gate_backward(dy, dy, None, z, scale)[0]
+            dscan = gate_gradients(dy, dy, None, z, scale)[0]
         grads, (y_f, y_b) = scan_backward(directions, [dscan, dscan], dlast_state, dt_softplus=True)
         if z is not None:
-            dz = gate_backward(dy, y_f, y_b, z, scale)[1].contiguous()
+            dz = gate_gradients(dy, y_f, y_b, z, scale)[1].contiguous()
         rows = []
         for i, of_direction in enumerate(grads):
             dtype, draw = projected[i].dtype, of_direction.ddt
