@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from visionmamba.models.config import VimConfig
     from visionmamba.models.deit import DeiTConfig
     from visionmamba.models.mixer import BidirectionalMixer
+    from visionmamba.models.optimize import optimize
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import load, load_published, save
     from visionmamba.ops import selective_scan
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "load",
     "load_published",
+    "optimize",
     "save",
     "selective_scan",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "VimConfig": "visionmamba.models.config",
     "load": "visionmamba.models.weights",
     "load_published": "visionmamba.models.weights",
+    "optimize": "visionmamba.models.optimize",
     "save": "visionmamba.models.weights",
     "selective_scan": "visionmamba.ops",
 }

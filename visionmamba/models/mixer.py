@@ -13,7 +13,9 @@ from visionmamba.models.config import Initialization, MixerKind
 from visionmamba.ops import (
     bidirectional_conv1d,
     bidirectional_scan,
+    can_fuse_mixer,
     causal_conv1d,
+    fused_mixer,
     selective_scan,
 )
 
@@ -149,12 +151,43 @@ class BidirectionalMixer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return (B, L, D) for (B, L, D), in the same dtype (autocast's inside autocast)."""
+        out = self._mix(hidden)
+        if out.dtype == torch.float16:
+            out = out.clamp(-65504, 65504)  # a sum past float16's range must not become infinite
+        return out if self.layer_scale is None else (out * self.layer_scale).to(out.dtype)
+
+    def _mix(self, hidden: Tensor) -> Tensor:
+        parameters = self.parameters_to_fuse()
+        if parameters is not None and can_fuse_mixer(hidden, parameters):
+            return fused_mixer(hidden, parameters, scale=self.scale)
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each, views
         y = self._scan_forward_only(x, z) if self.kind == "none" else self._scan_both(x, z)
         out: Tensor = self.out_proj(y)
-        if out.dtype == torch.float16:
-            out = out.clamp(-65504, 65504)  # a sum past float16's range must not become infinite
-        return out if self.layer_scale is None else out * self.layer_scale
+        return out
+
+    def parameters_to_fuse(self) -> list[Tensor] | None:
+        """Return what ops.fused_mixer takes, or None where this mixer is another one.
+
+        So it is for other kinds, and when a projection was replaced, by an adapter for example.
+        """
+        directions = [one for one in self.directions if isinstance(one, DirectionalSSM)]
+        linears = (self.in_proj, self.out_proj, *(one.x_proj for one in directions))
+        if self.kind != "ssm+conv" or any(type(linear) is not nn.Linear for linear in linears):
+            return None
+        pairs = [
+            (
+                one.conv_weight,
+                one.conv_bias,
+                one.x_proj.weight,
+                one.dt_weight,
+                one.dt_bias,
+                one.A_log,
+                one.D,
+            )
+            for one in directions
+        ]
+        forward_then_backward = [tensor for pair in zip(*pairs, strict=True) for tensor in pair]
+        return [self.in_proj.weight, *forward_then_backward, self.out_proj.weight]
 
     def _scan_both(self, x: Tensor, z: Tensor) -> Tensor:
         forward, backward = self.directions[0], self.directions[-1]
@@ -189,5 +222,5 @@ class BidirectionalMixer(nn.Module):
         u = ssm.convolve(x)
         sizes = [ssm.dt_rank, ssm.d_state, ssm.d_state]
         low_rank_dt, B, C = torch.split(ssm.x_proj(u), sizes, dim=-1)
-        dt = F.linear(low_rank_dt, ssm.dt_weight)
+        dt = F.linear(low_rank_dt, ssm.dt_weight.to(low_rank_dt.dtype))
         return selective_scan(u, dt, ssm.A, B, C, ssm.D, z=z, dt_bias=ssm.dt_bias, dt_softplus=True)

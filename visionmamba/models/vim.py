@@ -171,6 +171,12 @@ class Vim(nn.Module):
         """Outputs of the head; 0 without one."""
         return self.config.num_classes
 
+    @property
+    def flips_at_random(self) -> bool:
+        """Whether a forward may read the sequence from its end, by chance."""
+        config = self.config
+        return config.bidirectional == "sequence" and config.sequence_flip_probability > 0
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, num_classes) for pictures (B, in_channels, H, W) of any size.
 

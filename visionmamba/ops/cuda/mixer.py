@@ -1,0 +1,321 @@
+"""The whole bidirectional mixer on the GPU: which kernels and matrix products run, in which order.
+
+Forward: one product for x and z, both convolutions and their projections, both scans with the step
+sizes inside, the gate, one product. The backward makes the convolutions' results and the states
+again, because both are cheaper to make than to keep.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visionmamba.ops.cuda.conv import conv_backward, conv_forward
+from visionmamba.ops.cuda.driver import kernels
+from visionmamba.ops.cuda.gate import gate_backward, gate_forward
+from visionmamba.ops.cuda.norm import add_rms_norm
+from visionmamba.ops.cuda.scan import mixer_scan_backward, mixer_scan_forward
+
+PARAMETERS = (
+    "in_weight",
+    *(
+        f"{name}_{direction}"
+        for name in ("conv_weight", "conv_bias", "x_weight", "dt_weight", "dt_bias", "A_log", "D")
+        for direction in ("f", "b")
+    ),
+    "out_weight",
+)
+"""A mixer's parameters in the order in which they are passed, forward before backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerSizes:
+    """Sizes of a mixer as its kernels see them."""
+
+    d_model: int
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+
+    @property
+    def padded_rank(self) -> int:
+        """Columns of the step-size weights in memory: whole steps of a tensor-core product."""
+        return -(-self.dt_rank // 16) * 16
+
+    @property
+    def projected_width(self) -> int:
+        """Columns [dt_r | B | C | padding] of the projection of x, in whole 16 bytes."""
+        return -(-(self.dt_rank + 2 * self.d_state) // 8) * 8
+
+    @property
+    def packed_sizes(self) -> tuple[int, int]:
+        """Numbers in the packed parameters of the activations' dtype and of float32."""
+        half = 3 * self.d_model + 2 * (self.projected_width + self.padded_rank)
+        return self.d_inner * half, 2 * self.d_inner * (self.d_state + self.d_conv + 3)
+
+
+def sizes_of_mixer(parameters: Sequence[Tensor]) -> MixerSizes:
+    """Return the sizes of a mixer with these parameters, in the order of PARAMETERS."""
+    in_weight, conv_weight, *_ = parameters
+    dt_weight, A_log = parameters[7], parameters[11]
+    return MixerSizes(
+        d_model=in_weight.shape[1],
+        d_inner=in_weight.shape[0] // 2,
+        d_state=A_log.shape[1],
+        d_conv=conv_weight.shape[1],
+        dt_rank=dt_weight.shape[1],
+    )
+
+
+class PackedMixer:
+    """A mixer's parameters as the kernels read them, views of one tensor for each dtype.
+
+    half: weights of matrix products in the activations' dtype: in_weight (2E, D), out_weight
+    (D, E), x_weight (2, P, E) and dt_weight (2, E, Rp), padded with zeros. single, float32: A
+    (2, E, N), conv_weight (2, E, K), conv_bias, dt_bias and D (2, E).
+    """
+
+    def __init__(self, sizes: MixerSizes, half: Tensor, single: Tensor) -> None:
+        self.sizes = sizes
+        self.half, self.single = half, single
+        d_model, d_inner = sizes.d_model, sizes.d_inner
+        width, rank = sizes.projected_width, sizes.padded_rank
+        self.in_weight, self.out_weight, self.x_weight, self.dt_weight = _views(
+            half,
+            ((2 * d_inner, d_model), (d_model, d_inner), (2, width, d_inner), (2, d_inner, rank)),
+        )
+        self.A, self.conv_weight, self.conv_bias, self.dt_bias, self.D = _views(
+            single,
+            (
+                (2, d_inner, sizes.d_state),
+                (2, d_inner, sizes.d_conv),
+                (2, d_inner),
+                (2, d_inner),
+                (2, d_inner),
+            ),
+        )
+
+
+def _views(flat: Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    views, start = [], 0
+    for shape in shapes:
+        count = 1
+        for side in shape:
+            count *= side
+        views.append(flat[start : start + count].view(shape))
+        start += count
+    return views
+
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_PIECES, _PACK_THREADS = 16, 256
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = (
+        ("from_", ctypes.c_void_p),
+        ("to", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "all_rows", "all_columns")),
+        *((name, ctypes.c_int32) for name in ("first_block", "is_log_rate")),
+    )
+
+
+class _Pieces(ctypes.Structure):
+    _fields_ = (
+        ("piece", _Piece * _MAX_PIECES),
+        ("count", ctypes.c_int32),
+        ("from_kind", ctypes.c_int32),
+        ("to_kind", ctypes.c_int32 * _MAX_PIECES),
+    )
+
+
+def pack_mixer(parameters: Sequence[Tensor], *, dtype: torch.dtype) -> PackedMixer:
+    """Return a mixer's parameters as the kernels read them; one launch.
+
+    Args:
+        parameters: in the order of PARAMETERS, contiguous, of one dtype and on one GPU.
+        dtype: of the activations, bfloat16 or float16.
+    """
+    in_weight, *pairs, out_weight = parameters
+    sizes = sizes_of_mixer(parameters)
+    conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, D = (
+        pairs[i : i + 2] for i in range(0, len(pairs), 2)
+    )
+    width, rank = sizes.projected_width, sizes.padded_rank
+    half_size, single_size = sizes.packed_sizes
+    device = in_weight.device
+    half = torch.empty(half_size, dtype=dtype, device=device)
+    single = torch.empty(single_size, dtype=torch.float32, device=device)
+    pieces = _Pieces(from_kind=_KINDS[in_weight.dtype])
+    blocks = 0
+    halves = [(in_weight, *in_weight.shape), (out_weight, *out_weight.shape)]
+    halves += [(weight, width, sizes.d_inner) for weight in x_weight]
+    halves += [(weight, sizes.d_inner, rank) for weight in dt_weight]
+    singles = [
+        (tensor, sizes.d_inner, tensor.numel() // sizes.d_inner)
+        for tensor in (*A_log, *conv_weight, *conv_bias, *dt_bias, *D)
+    ]
+    for flat, given in ((half, halves), (single, singles)):
+        place = flat.data_ptr()
+        for tensor, all_rows, all_columns in given:
+            piece = pieces.piece[pieces.count]
+            piece.from_, piece.to = tensor.data_ptr(), place
+            piece.rows, piece.columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
+            piece.all_rows, piece.all_columns = all_rows, all_columns
+            piece.first_block = blocks
+            piece.is_log_rate = tensor is A_log[0] or tensor is A_log[1]
+            pieces.to_kind[pieces.count] = _KINDS[flat.dtype]
+            pieces.count += 1
+            place += all_rows * all_columns * flat.element_size()
+            blocks += -(-all_rows * all_columns // _PACK_THREADS)
+    kernels("pack", device).launch("pack_kernel_all", pieces, blocks, _PACK_THREADS)
+    return PackedMixer(sizes, half, single)
+
+
+def mixer_forward(
+    hidden: Tensor, packed: PackedMixer, *, scale: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the mixer's output (B, L, D), and xz, projected and y for its backward.
+
+    Args:
+        hidden: (B, L, D) contiguous, in the dtype of the packed weights.
+        packed: the parameters.
+        scale: factor of the sum of both directions.
+        keep: whether a backward follows; y then holds the sum of both scans and the gated sum.
+    """
+    d_inner = packed.sizes.d_inner
+    xz = hidden @ packed.in_weight.T  # (B, L, 2E)
+    x, z = xz[..., :d_inner], xz[..., d_inner:]
+    u, projected = _convolve_and_project(x, packed)
+    y = mixer_scan_forward(
+        u,
+        projected,
+        packed.dt_weight,
+        packed.dt_bias,
+        packed.A,
+        packed.D,
+        rank=packed.sizes.dt_rank,
+        out=u,
+    )
+    gated = gate_forward(y, z, scale, keep_sum=keep)
+    return gated @ packed.out_weight.T, xz, projected, y
+
+
+def _project(u: Tensor, weight: Tensor) -> Tensor:
+    """Return u (2, B, L, E) times weight (2, P, E) of each direction, (2, B, L, P)."""
+    product = torch.bmm(u.flatten(1, 2), weight.transpose(1, 2))
+    return product.view(*u.shape[:3], weight.shape[1])
+
+
+def mixer_backward(
+    dout: Tensor,
+    hidden: Tensor,
+    packed: PackedMixer,
+    xz: Tensor,
+    projected: Tensor,
+    y: Tensor,
+    *,
+    scale: float,
+) -> list[Tensor]:
+    """Return the gradients of hidden, in its dtype, and of the parameters, float32.
+
+    They come in the order of PARAMETERS, those of a pair as one: (2, ...).
+
+    Args:
+        dout: (B, L, D), the gradient of the output.
+        hidden, packed, xz, projected, y: what the forward was given and returned, keep=True.
+    """
+    sizes = packed.sizes
+    d_inner, d_state, rank = sizes.d_inner, sizes.d_state, sizes.dt_rank
+    x, z = xz[..., :d_inner], xz[..., d_inner:]
+    dout = dout.contiguous()
+    dgated = dout @ packed.out_weight
+    dout_weight = _weight_gradient(dout, y[1])
+    dxz = torch.empty_like(xz)
+    dscan = gate_backward(dgated, y[0], z, scale, dz=dxz[..., d_inner:])
+    del dgated
+    u = conv_forward(x, packed.conv_weight, packed.conv_bias, (False, True), True)
+    du, dprojected, ddt_weight, ddt_bias, dA, dD = mixer_scan_backward(
+        dscan, u, projected, packed.dt_weight, packed.dt_bias, packed.A, packed.D, rank=rank
+    )
+    dprojected = dprojected.to(u.dtype).flatten(1, 2)  # (2, B L, P)
+    dx_weight = torch.bmm(dprojected.transpose(1, 2), u.flatten(1, 2), out_dtype=torch.float32)
+    du.flatten(1, 2).baddbmm_(dprojected, packed.x_weight)
+    _, dconv_weight, dconv_bias = conv_backward(
+        (du[0], du[1]),
+        x,
+        packed.conv_weight,
+        packed.conv_bias,
+        (False, True),
+        True,
+        dx=dxz[..., :d_inner],
+    )
+    return [
+        dxz @ packed.in_weight,
+        _weight_gradient(dxz, hidden),
+        dconv_weight,
+        dconv_bias,
+        dx_weight[:, : rank + 2 * d_state],
+        ddt_weight,
+        ddt_bias,
+        dA * packed.A,
+        dD,
+        dout_weight,
+    ]
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """Return the float32 gradient of a weight W, y = x W^T, of (B, L, out) and (B, L, in)."""
+    return torch.mm(dy.flatten(0, 1).T, x.flatten(0, 1), out_dtype=torch.float32)
+
+
+def fused_block(
+    branch: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    packed: PackedMixer,
+    *,
+    scale: float,
+    layer_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the mixer's output (B, L, D) and the new residual stream (B, L, D) float32.
+
+    For inference: norm, mixer and their projections in as few launches as there are kernels for.
+
+    Args:
+        branch: (B, L, D) contiguous, in the dtype of the packed weights.
+        residual: (B, L, D) float32 contiguous, or None before the first block.
+        norm_weight: (D,) float32.
+        eps: added to the mean square.
+        packed: the mixer's parameters.
+        scale: factor of the sum of both directions.
+        layer_scale: (D,) float32, factors of the output, or None.
+    """
+    d_inner = packed.sizes.d_inner
+    hidden, summed = add_rms_norm(branch, residual, norm_weight, eps)
+    total = branch.float() if summed is None else summed
+    xz = hidden @ packed.in_weight.T
+    x, z = xz[..., :d_inner], xz[..., d_inner:]
+    u, projected = _convolve_and_project(x, packed)
+    y = mixer_scan_forward(
+        u,
+        projected,
+        packed.dt_weight,
+        packed.dt_bias,
+        packed.A,
+        packed.D,
+        rank=packed.sizes.dt_rank,
+        out=u,
+    )
+    out = gate_forward(y, z, scale, keep_sum=False) @ packed.out_weight.T
+    return out if layer_scale is None else out * layer_scale.to(out.dtype), total
+
+
+def _convolve_and_project(x: Tensor, packed: PackedMixer) -> tuple[Tensor, Tensor]:
+    """Return u (2, B, L, E) and projected (2, B, L, P) of x (B, L, E)."""
+    u = conv_forward(x, packed.conv_weight, packed.conv_bias, (False, True), True)
+    return u, _project(u, packed.x_weight)
