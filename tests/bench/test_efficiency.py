@@ -1,86 +1,44 @@
-"""Vim beside DeiT: ratios, the crossing point, files, and rows that ran out of memory."""
+"""Measuring models beside each other: options, memory, error, files, rows out of memory."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from visionmamba.bench.cases import Case, OutOfMemory, raise_if_out_of_memory
-from visionmamba.bench.efficiency import Efficiency, EfficiencyResult, Measurement
-from visionmamba.bench.machine import describe_machine
-from visionmamba.bench.memory import peak_memory_gib
+from visionmamba.bench.cases import (
+    TRAINING_ONLY,
+    Case,
+    ModelName,
+    OutOfMemory,
+    telling_out_of_memory,
+)
+from visionmamba.bench.efficiency import Efficiency
+from visionmamba.bench.memory import peak_bytes_on_cpu
+from visionmamba.bench.passes import Pass, reference_output, relative_error, seconds_in_turns
+from visionmamba.bench.results import EfficiencyResult
 
-WEIGHTS_GIB = 7_148_008 * 4 / 2**30  # Vim-Ti, float32
-
-
-def result_of(times: dict[int, tuple[float | None, float | None]]) -> EfficiencyResult:
-    """A result with given milliseconds of (Vim, DeiT) at each resolution; 2 and 3 GiB."""
-    settings = Efficiency(resolutions=tuple(times), device="cpu")
-    rows = tuple(
-        Measurement(
-            model=model,
-            resolution=side,
-            num_tokens=(side // 16) ** 2,
-            status="out of memory" if value is None else "ok",
-            milliseconds=value,
-            milliseconds_low=value,
-            milliseconds_high=value,
-            images_per_second=None if value is None else 1e3 / value,
-            peak_memory_gib=None if value is None else gib,
-        )
-        for side, pair in times.items()
-        for model, value, gib in zip(("vim", "deit"), pair, (2.0, 3.0), strict=True)
-    )
-    machine = describe_machine("cpu", command="visionmamba bench efficiency")
-    return EfficiencyResult(settings=settings, machine=machine, measurements=rows)
+WEIGHTS_BYTES = 7_148_008 * 4  # Vim-Ti, float32
+BFLOAT16_ERROR = 3e-2  # logits of 24 blocks whose activations have 8 bits
+FLOAT32_ERROR = 1e-4  # other orders of summation
 
 
-def case_of(model: str, resolution: int = 64, mode: str = "infer") -> Case:
-    return Case(
+def case_of(model: ModelName, **options: object) -> Case:
+    case = Case(
         model=model,
         size="tiny",
-        resolution=resolution,
+        resolution=32,
         batch=1,
-        mode=mode,
+        mode="infer",
         device="cpu",
         precision="float32",
-        image=None,
     )
+    return replace(case, **options)  # type: ignore[arg-type]
 
 
-def test_ratios_are_deit_over_vim() -> None:
-    result = result_of({224: (20.0, 10.0), 512: (10.0, 25.0)})
-    assert result.speedup(224) == 0.5
-    assert result.speedup(512) == 2.5
-    assert result.memory_ratio(224) == 1.5
-
-
-def test_crossing_is_where_the_interpolated_ratio_is_one() -> None:
-    result = result_of({224: (20.0, 10.0), 512: (10.0, 20.0)})
-    assert result.crossing_px() == pytest.approx(368)
-    assert "from about 368 px on" in result.sentence()
-
-
-def test_no_crossing_when_one_model_always_wins() -> None:
-    result = result_of({224: (20.0, 10.0), 512: (20.0, 10.0)})
-    assert result.crossing_px() is None
-    assert result.sentence().startswith("DeiT-Ti is the faster one at every resolution measured")
-
-
-def test_out_of_memory_rows_stay_without_numbers() -> None:
-    result = result_of({224: (20.0, 10.0), 512: (20.0, None)})
-    assert result.speedup(512) is None
-    assert result.measurement("deit", 512).status == "out of memory"
-
-
-def test_result_survives_json() -> None:
-    result = result_of({224: (20.0, 10.0), 512: (20.0, None)})
-    assert EfficiencyResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
-
-
-def test_measures_both_models_and_writes_files(
+def test_measures_the_models_and_writes_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "picture.png"
@@ -91,19 +49,20 @@ def test_measures_both_models_and_writes_files(
     result = settings.run()
     assert [row.status for row in result.measurements] == ["ok"] * 2
     assert all(row.milliseconds for row in result.measurements)
+    assert [row.launch for row in result.measurements] == ["eager"] * 2
     assert "DeiT-Ti" in capsys.readouterr().out
     stem = tmp_path / "efficiency_cpu_tiny_infer"
     assert len(Path(f"{stem}.csv").read_text().splitlines()) == 3
     saved = EfficiencyResult.from_dict(json.loads(Path(f"{stem}.json").read_text()))
     assert saved == result
-    assert "| 32 | 4 | " in Path(f"{stem}.md").read_text()
-    with Image.open(f"{stem}_time_dark.png") as plot:
+    assert "| 32 | 1 | Vim-Ti | " in Path(f"{stem}.md").read_text()
+    with Image.open(f"{stem}_speed_dark.png") as plot:
         assert plot.width > 500
 
 
 def test_a_case_over_the_memory_limit_is_kept_and_marked(tmp_path: Path) -> None:
     settings = Efficiency(
-        resolutions=(512,), repeats=1, device="cpu", memory_limit_gib=0.01, out=tmp_path
+        resolutions=(512,), repeats=1, device="cpu", memory_limit_gb=0.01, out=tmp_path
     )
     result = settings.run()
     assert [row.status for row in result.measurements] == ["out of memory"] * 2
@@ -111,28 +70,84 @@ def test_a_case_over_the_memory_limit_is_kept_and_marked(tmp_path: Path) -> None
 
 
 def test_peak_memory_holds_weights_and_grows_with_the_resolution() -> None:
-    small = peak_memory_gib(case_of("vim", 64), threads=1)
-    large = peak_memory_gib(case_of("vim", 448), threads=1)
+    small = peak_bytes_on_cpu(case_of("vim", resolution=64), threads=1)
+    large = peak_bytes_on_cpu(case_of("vim", resolution=448), threads=1)
     assert small is not None
     assert large is not None
-    assert WEIGHTS_GIB < small < large < 1
+    assert WEIGHTS_BYTES < small < large < 1e9
 
 
-def test_training_pass_leaves_no_gradients_behind() -> None:
-    loaded = case_of("vim", 32, mode="train").load()
-    loaded.run()
-    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+@pytest.mark.parametrize("model", ["vim", "deit", "deit-eager"])
+def test_bfloat16_is_compared_with_the_models_own_float32(model: ModelName) -> None:
+    case = case_of(model, precision="bfloat16", batch=3)
+    error = relative_error(Pass(case).run(), reference_output(case))
+    assert 0 < error < BFLOAT16_ERROR
+
+
+@pytest.mark.parametrize("model", [*TRAINING_ONLY, "vim", "deit", "deit-eager"])
+def test_variants_train_to_the_gradients_of_the_plain_model(model: ModelName) -> None:
+    plain: ModelName = "vim" if model.startswith("vim") else "deit"
+    gradients = []
+    for name in (model, plain):
+        one = Pass(case_of(name, mode="train", batch=2))
+        one.prepare()
+        named = dict(one.named_gradients())
+        gradients.append(next(g for n, g in named.items() if "patch_embed" in n))
+    assert relative_error(*gradients) < FLOAT32_ERROR
+
+
+def test_pyramid_gives_the_maps_of_four_strides() -> None:
+    maps = Pass(case_of("vim", pyramid=True, resolution=64)).run()
+    assert maps.shape == (1, 256 * (16**2 + 8**2 + 4**2 + 2**2))
+
+
+def test_a_turn_is_as_many_passes_as_fill_it_and_all_models_take_turns() -> None:
+    calls: list[str] = []
+    spreads = seconds_in_turns(
+        {name: lambda name=name: calls.append(name) for name in ("a", "b")},  # type: ignore[misc]
+        repeats=3,
+        warmup=1,
+        is_on_gpu=False,
+    )
+    assert calls[:2] == ["a", "b"]
+    assert calls.count("a") == calls.count("b") > 3
+    assert spreads["a"].low <= spreads["a"].median <= spreads["a"].high
+
+
+def test_a_pass_that_runs_out_of_memory_is_left_out_of_the_times() -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    passes = {"good": lambda: None, "bad": fail}
+    assert list(seconds_in_turns(passes, repeats=1, warmup=1, is_on_gpu=False)) == ["good"]
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
-    raise_if_out_of_memory(RuntimeError("shapes disagree"))
-    with pytest.raises(OutOfMemory):
-        raise_if_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    with pytest.raises(RuntimeError, match="shapes disagree"), telling_out_of_memory():
+        raise RuntimeError("shapes disagree")
+    with pytest.raises(OutOfMemory), telling_out_of_memory():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
 def test_command_names_what_differs_from_the_defaults() -> None:
-    settings = Efficiency(resolutions=(224, 512), threads=2)
-    assert settings.command == "visionmamba bench efficiency --resolutions 224 512 --threads 2"
+    settings = Efficiency(
+        models=("vim", "deit-eager"), resolutions=(224, 224), batch=(1, 8), cuda_graphs=False
+    )
+    assert settings.command == (
+        "visionmamba bench efficiency --models vim deit-eager --resolutions 224 224 --batch 1 8 "
+        "--no-cuda-graphs"
+    )
+
+
+def test_one_batch_holds_for_all_resolutions_and_several_for_one_each() -> None:
+    assert Efficiency(resolutions=(32, 64), batch=(8,)).points == ((32, 8), (64, 8))
+    assert Efficiency(resolutions=(64, 32), batch=(8, 1)).points == ((64, 8), (32, 1))
+
+
+def test_automatic_precision_is_the_devices() -> None:
+    assert Efficiency().precision_on("cpu") == "float32"
+    assert Efficiency().precision_on("cuda") == "bfloat16"
+    assert Efficiency(precision="float32").precision_on("cuda") == "float32"
 
 
 @pytest.mark.parametrize(
@@ -140,10 +155,17 @@ def test_command_names_what_differs_from_the_defaults() -> None:
     [
         ({"resolutions": (100,)}, "multiples of 16"),
         ({"resolutions": (512, 224)}, "ascend"),
+        ({"resolutions": (224, 224), "batch": (8, 8)}, "without repetition"),
         ({"resolutions": ()}, "multiples of 16"),
+        ({"batch": (1, 2)}, "one for each of the 6 resolutions"),
+        ({"batch": (0,)}, "one positive number"),
+        ({"models": ("vim", "vim")}, "once each"),
+        ({"models": ("vim-lean",)}, "vim-lean differs from vim in training only"),
+        ({"models": ("deit-checkpoint",)}, "differs from deit in training only"),
+        ({"pyramid": True, "mode": "train"}, "no loss"),
         ({"repeats": 0}, "repeats must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"warmup": -1}, "warmup"),
+        ({"warmup": 0}, "warmup must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
@@ -154,3 +176,35 @@ def test_wrong_options_are_refused(options: dict[str, object], message: str) -> 
 def test_missing_picture_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.jpg"):
         Efficiency(image=tmp_path / "nothing.jpg")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_gpu_rows_are_graphs_with_time_memory_and_error(mode: str, tmp_path: Path) -> None:
+    settings = Efficiency(
+        resolutions=(64,), batch=(2,), mode=mode, device="cuda", repeats=1, out=tmp_path
+    )
+    for row in settings.run().measurements:
+        assert row.launch == "graph"
+        assert row.milliseconds is not None
+        assert row.peak_memory_gb is not None
+        assert row.peak_memory_gb * 1e9 > WEIGHTS_BYTES / 2
+        assert row.relative_error is not None
+        assert row.relative_error < BFLOAT16_ERROR
+
+
+@pytest.mark.gpu
+def test_gpu_case_that_is_too_large_is_kept_and_leaves_its_memory_to_the_next(
+    tmp_path: Path,
+) -> None:
+    share = torch.cuda.mem_get_info()[0] / 2 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share * 0.01)
+    try:
+        settings = Efficiency(
+            models=("vim", "deit-eager"), resolutions=(64, 1024), device="cuda", out=tmp_path
+        )
+        rows = settings.run().measurements
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [row.status for row in rows[:2]] == ["ok"] * 2
+    assert rows[3].status == "out of memory"

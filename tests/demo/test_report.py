@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from visionmamba.bench.efficiency import Efficiency, EfficiencyResult, Measurement
+from visionmamba.bench.efficiency import Efficiency
 from visionmamba.bench.machine import describe_machine
+from visionmamba.bench.results import EfficiencyResult, Measurement
 from visionmamba.demo.report import Contender, Digit, Report
 
 
@@ -36,13 +37,16 @@ def measurement(model: str, milliseconds: float | None) -> Measurement:
     return Measurement(
         model=model,
         resolution=224,
+        batch=1,
         num_tokens=196,
         status="ok" if milliseconds else "out of memory",
         milliseconds=milliseconds,
         milliseconds_low=milliseconds,
         milliseconds_high=milliseconds,
         images_per_second=None,
-        peak_memory_gib=0.5 if milliseconds else None,
+        peak_memory_gb=0.5 if milliseconds else None,
+        launch="eager" if milliseconds else None,
+        relative_error=None,
     )
 
 

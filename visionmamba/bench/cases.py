@@ -1,33 +1,102 @@
-"""One case of the comparison: a model at a resolution, loaded and ready to run a pass.
+"""One case of the comparison: which model at which size, and how it is built.
 
-Used by the side-by-side timing and, in a process of its own, by the memory measurement.
+Running it is passes.py's part, its peak memory memory.py's.
 """
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-ModelName = Literal["vim", "deit"]
+    from visionmamba.models.deit import DeiT
+    from visionmamba.models.vim import Vim
+
+ModelName = Literal[
+    "vim",
+    "vim-lean",
+    "vim-mamba-ssm",
+    "deit",
+    "deit-eager",
+    "deit-compile",
+    "deit-checkpoint",
+]
+"""vim: this package's Vim; vim-lean: the same, keeping the input of each block alone for the
+backward; vim-mamba-ssm: the same around the published kernels. deit: timm's DeiT with fused
+attention; deit-eager: with attention as separate products and a softmax, the paper's setting;
+deit-compile: under torch.compile; deit-checkpoint: keeping the input of each block alone."""
 Size = Literal["tiny", "small", "base"]
 Mode = Literal["infer", "train"]
 Precision = Literal["float32", "bfloat16"]
 
 PATCH_SIDE_PX = 16
+NUM_REFERENCE_IMAGES = 2
+"""Images of a batch whose output is compared with float32."""
+TRAINING_ONLY: tuple[ModelName, ...] = ("vim-lean", "deit-checkpoint")
+"""Models that differ from vim and deit in training alone."""
+_PUBLISHED_PACKAGES = ("mamba_ssm", "causal_conv1d")
+_SIZE_NAMES: dict[Size, str] = {"tiny": "Ti", "small": "S", "base": "B"}
+_VARIANTS: dict[ModelName, str] = {
+    "vim": "",
+    "vim-lean": " lean",
+    "vim-mamba-ssm": " mamba_ssm",
+    "deit": "",
+    "deit-eager": " eager",
+    "deit-compile": " compile",
+    "deit-checkpoint": " checkpoint",
+}
 
 
 class OutOfMemory(Exception):
     """A pass needed more memory than there is."""
 
 
+@contextmanager
+def telling_out_of_memory() -> Iterator[None]:
+    """Turn what PyTorch and Python raise when memory runs out into OutOfMemory."""
+    import torch
+
+    said = ("can't allocate memory", "bad_alloc", "out of memory")
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_lack = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if is_lack or any(words in str(error) for words in said):
+            raise OutOfMemory from None
+        raise
+
+
+def is_vim(model: ModelName) -> bool:
+    """Whether a model is a Vim; otherwise it is a DeiT."""
+    return model.startswith("vim")
+
+
+def display_name(model: ModelName, size: Size) -> str:
+    """Return a model's name as in the papers, with what is special about it."""
+    return f"{'Vim' if is_vim(model) else 'DeiT'}-{_SIZE_NAMES[size]}{_VARIANTS[model]}"
+
+
+def check_available(model: ModelName) -> None:
+    """Raise ImportError when a model needs packages that are not installed."""
+    missing = [name for name in _PUBLISHED_PACKAGES if importlib.util.find_spec(name) is None]
+    if model == "vim-mamba-ssm" and missing:
+        raise ImportError(
+            f"vim-mamba-ssm runs the published kernels and needs {' and '.join(missing)}; install "
+            "mamba-ssm and causal-conv1d as their authors describe, or leave the model out"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model, a resolution and what is done with them."""
+    """A model, an input and what is done with them."""
 
     model: ModelName
-    """Vim, or timm's DeiT with fused attention."""
+    """Which model."""
     size: Size
     """tiny, small or base, as both papers name them."""
     resolution: int
@@ -39,8 +108,12 @@ class Case:
     device: str
     """cpu or cuda."""
     precision: Precision
-    """float32 throughout, or autocast to bfloat16."""
-    image: Path | None
+    """float32 throughout; or bfloat16: weights and input in inference, autocast in training."""
+    pyramid: bool = False
+    """Whether feature maps at strides 4, 8, 16 and 32 are made instead of logits."""
+    cuda_graphs: bool = True
+    """Whether passes on a GPU are replayed from CUDA graphs."""
+    image: Path | None = None
     """A picture resized to the input; None takes noise."""
 
     @property
@@ -48,102 +121,116 @@ class Case:
         """Patches of one image, without the class token."""
         return (self.resolution // PATCH_SIDE_PX) ** 2
 
-    def load(self) -> "LoadedCase":
-        """Build the model and the input on the device.
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether it runs on a CUDA device."""
+        return self.device.startswith("cuda")
 
-        Raises:
-            OutOfMemory: they do not fit.
-        """
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The dtype of the input."""
         import torch
 
-        try:
-            torch.manual_seed(0)
-            model = self._build_model().to(self.device).train(self.mode == "train")
-            return LoadedCase(self, model, self._load_images())
-        except (RuntimeError, MemoryError) as error:
-            raise_if_out_of_memory(error)
-            raise
+        is_half = self.precision == "bfloat16" and self.mode == "infer"
+        return torch.bfloat16 if is_half else torch.float32
 
-    def _build_model(self) -> "torch.nn.Module":
-        from visionmamba.models.config import VimConfig
-        from visionmamba.models.deit import DeiTConfig
+    def build_model(self) -> "nn.Module":
+        """Return the model on the device in float32; variants of one model have equal weights."""
+        import torch
 
-        if self.model == "vim":
-            vim = {"tiny": VimConfig.tiny, "small": VimConfig.small, "base": VimConfig.base}
-            return vim[self.size](image_size=self.resolution).build()
-        deit = {"tiny": DeiTConfig.tiny, "small": DeiTConfig.small, "base": DeiTConfig.base}
-        return deit[self.size](image_size=self.resolution).build()
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            backbone = self._build_vim() if is_vim(self.model) else self._build_deit()
+            model: nn.Module = backbone
+            if self.pyramid:
+                from visionmamba.models.pyramid import PyramidBackbone
 
-    def _load_images(self) -> "torch.Tensor":
+                model = PyramidBackbone(backbone)
+        if self.model == "deit-compile":
+            model = _compiled(model)
+        return model.train(self.mode == "train")
+
+    def build_images(self) -> "torch.Tensor":
+        """Return the input (batch, 3, resolution, resolution) on the device."""
         import torch
 
         shape = (self.batch, 3, self.resolution, self.resolution)
         if self.image is None:
-            return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+            generator = torch.Generator(self.device).manual_seed(0)
+            return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
         import numpy as np
         from PIL import Image
 
         with Image.open(self.image) as picture:
             resized = picture.convert("RGB").resize((self.resolution, self.resolution))
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # (3, H, W)
-        return (pixels / 127.5 - 1).expand(shape).contiguous().to(self.device)
+        return (pixels / 127.5 - 1).expand(shape).to(self.device, self.dtype)
 
+    def _build_vim(self) -> "Vim":
+        from visionmamba.models.config import VimConfig
 
-class LoadedCase:
-    """A case with its model and input in memory."""
+        sizes = {"tiny": VimConfig.tiny, "small": VimConfig.small, "base": VimConfig.base}
+        is_lean = self.model == "vim-lean"
+        config = sizes[self.size](image_size=self.resolution, activation_checkpointing=is_lean)
+        model = config.build()
+        if self.model == "vim-mamba-ssm":
+            from visionmamba.bench.published import use_published_kernels
 
-    def __init__(self, case: Case, model: "torch.nn.Module", images: "torch.Tensor") -> None:
-        self.case = case
-        self.model = model
-        self.images = images
+            use_published_kernels(model)
+        return model
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of weights and input."""
-        held = [*self.model.parameters(), *self.model.buffers(), self.images]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    def _build_deit(self) -> "DeiT":
+        from timm.layers.config import set_fused_attn
 
-    def run(self) -> None:
-        """Run one pass and wait for its end.
+        from visionmamba.models.deit import DeiTConfig
 
-        Raises:
-            OutOfMemory: it needs more memory than there is.
-        """
-        import torch
-
-        device = torch.device(self.case.device)
-        half = self.case.precision == "bfloat16"
+        sizes = {"tiny": DeiTConfig.tiny, "small": DeiTConfig.small, "base": DeiTConfig.base}
+        config = sizes[self.size](image_size=self.resolution)
+        set_fused_attn(enable=self.model != "deit-eager")  # read when attention is built
         try:
-            if self.case.mode == "infer":
-                with (
-                    torch.inference_mode(),
-                    torch.autocast(device.type, torch.bfloat16, enabled=half),
-                ):
-                    self.model(self.images)
-            else:
-                self._train(torch.autocast(device.type, torch.bfloat16, enabled=half))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except (RuntimeError, MemoryError) as error:
-            raise_if_out_of_memory(error)
-            raise
-
-    def _train(self, autocast: "torch.autocast") -> None:
-        import torch
-
-        targets = torch.zeros(len(self.images), dtype=torch.long, device=self.images.device)
-        with autocast:
-            loss = torch.nn.functional.cross_entropy(self.model(self.images), targets)
-        torch.autograd.backward(loss)
-        self.model.zero_grad(set_to_none=True)
+            model = config.build()
+        finally:
+            set_fused_attn(enable=True)
+        if self.model == "deit-checkpoint":
+            _checkpoint_blocks(model)
+        return model
 
 
-def raise_if_out_of_memory(error: RuntimeError | MemoryError) -> None:
-    """Raise OutOfMemory when an error of PyTorch or Python says that memory ran out."""
+def _compiled(model: "nn.Module") -> "nn.Module":
+    """Return a model that is compiled at its first call, so that copies made before are too."""
     import torch
+    from torch import nn
 
-    said = ("can't allocate memory", "bad_alloc", "out of memory")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        s in str(error) for s in said
-    ):
-        raise OutOfMemory from error
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.is_compiled = False
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            if not self.is_compiled:
+                self.model.compile(dynamic=False)
+                self.is_compiled = True
+            output: torch.Tensor | tuple[torch.Tensor, ...] = self.model(images)
+            return output
+
+    torch.compiler.reset()  # else shapes of earlier cases count as reasons for dynamic ones
+    return Compiled()
+
+
+def _checkpoint_blocks(model: "DeiT") -> None:
+    """Let a DeiT keep the input of each block alone for its backward."""
+    from torch import Tensor, nn
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            # nothing in a block is random, and saving the generator cannot be captured
+            out: Tensor = checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)
+            return out
+
+    model.blocks = nn.Sequential(*map(Checkpointed, model.blocks))

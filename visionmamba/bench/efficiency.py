@@ -1,238 +1,106 @@
-"""Vim beside DeiT over the resolution: time, peak memory and their ratios, on a CPU or a GPU.
+"""Vim beside DeiT over the resolution: time, peak memory and error, on a CPU or a GPU.
 
-Both models are timed in one run, repeats interleaved, so that a busy moment hits both.
+All models are measured in one run and take turns, so that a busy moment hits all of them.
 """
 
-import csv
-import itertools
-import json
-import math
 import shlex
-import statistics
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from visionmamba.bench.cases import (
     PATCH_SIDE_PX,
+    TRAINING_ONLY,
     Case,
-    LoadedCase,
     Mode,
     ModelName,
     OutOfMemory,
     Precision,
     Size,
+    check_available,
+    is_vim,
+    telling_out_of_memory,
 )
-from visionmamba.bench.machine import Machine, describe_machine
-from visionmamba.bench.memory import peak_memory_gib
+from visionmamba.bench.machine import choose_device, describe_machine
+from visionmamba.bench.memory import free_gpu_memory, peak_bytes_on_cpu, prepare_on_gpu
+from visionmamba.bench.passes import (
+    Pass,
+    Spread,
+    reference_output,
+    relative_error,
+    seconds_in_turns,
+)
+from visionmamba.bench.results import EfficiencyResult, Measurement
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
-_MODELS: tuple[ModelName, ...] = ("vim", "deit")
-_SIZE_NAMES = {"tiny": "Ti", "small": "S", "base": "B"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What one model needed at one resolution."""
-
-    model: ModelName
-    """vim or deit."""
-    resolution: int
-    """Side of the square input in pixels."""
-    num_tokens: int
-    """Patches of one image."""
-    status: Literal["ok", "out of memory"]
-    """Out-of-memory cases stay in the table, without numbers."""
-    milliseconds: float | None
-    """Median time of one pass over the batch."""
-    milliseconds_low: float | None
-    """Fastest repeat."""
-    milliseconds_high: float | None
-    """Slowest repeat."""
-    images_per_second: float | None
-    """Batch divided by the median time."""
-    peak_memory_gib: float | None
-    """Weights, input and everything the pass allocates; None also where it cannot be measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EfficiencyResult:
-    """All measurements of one run and its circumstances."""
-
-    settings: "Efficiency"
-    """What was asked for."""
-    machine: Machine
-    """Where it ran."""
-    measurements: tuple[Measurement, ...]
-    """Two for each resolution, in ascending order."""
-
-    @property
-    def names(self) -> dict[ModelName, str]:
-        """The models' names as in the papers."""
-        suffix = _SIZE_NAMES[self.settings.size]
-        return {"vim": f"Vim-{suffix}", "deit": f"DeiT-{suffix}"}
-
-    def measurement(self, model: ModelName, resolution: int) -> Measurement:
-        """Return the measurement of a model at a resolution that was asked for."""
-        for row in self.measurements:
-            if (row.model, row.resolution) == (model, resolution):
-                return row
-        raise ValueError(
-            f"resolution {resolution} was not measured; got {self.settings.resolutions}"
-        )
-
-    def speedup(self, resolution: int) -> float | None:
-        """DeiT's time divided by Vim's; above 1 Vim is faster. None when one ran out of memory."""
-        vim, deit = (self.measurement(model, resolution) for model in _MODELS)
-        if vim.milliseconds is None or deit.milliseconds is None:
-            return None
-        return deit.milliseconds / vim.milliseconds
-
-    def memory_ratio(self, resolution: int) -> float | None:
-        """DeiT's peak memory divided by Vim's; above 1 Vim needs less. None when one is unknown."""
-        vim, deit = (self.measurement(model, resolution) for model in _MODELS)
-        if vim.peak_memory_gib is None or deit.peak_memory_gib is None:
-            return None
-        return deit.peak_memory_gib / vim.peak_memory_gib
-
-    def crossing_px(self) -> float | None:
-        """The resolution from which on Vim is faster, interpolated in the logarithm of the ratio.
-
-        None when one model is faster over the whole range.
-        """
-        known = [
-            (side, ratio) for side in self.settings.resolutions if (ratio := self.speedup(side))
-        ]
-        for (side, ratio), (next_side, next_ratio) in itertools.pairwise(known):
-            if ratio < 1 <= next_ratio:
-                part = -math.log(ratio) / (math.log(next_ratio) - math.log(ratio))
-                return side + part * (next_side - side)
-        return None
-
-    def sentence(self) -> str:
-        """Say in one sentence where each model is faster and by how much at the largest side."""
-        vim, deit = self.names["vim"], self.names["deit"]
-        known = [
-            (side, ratio) for side in self.settings.resolutions if (ratio := self.speedup(side))
-        ]
-        if not known:
-            return f"{vim} and {deit} cannot be compared: one of them ran out of memory throughout."
-        crossing = self.crossing_px()
-        side, ratio = known[-1]
-        first, second, factor = (vim, deit, ratio) if ratio >= 1 else (deit, vim, 1 / ratio)
-        largest = f"{first} takes {factor:.2f}x less time than {second} at {side} px"
-        if crossing is not None:
-            return f"{vim} is the faster one from about {crossing:.0f} px on; {largest}."
-        always = all(ratio >= 1 for _, ratio in known)
-        never = all(ratio < 1 for _, ratio in known)
-        where = "at every resolution measured" if always or never else "at some of the resolutions"
-        return f"{first} is the faster one {where}; {largest}."
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write CSV, JSON, Markdown and the plots into a folder and return their paths."""
-        from visionmamba.bench.plots import PALETTES, plot_memory, plot_time
-        from visionmamba.bench.tables import to_markdown
-
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = f"efficiency_{self.machine_kind}_{self.settings.size}_{self.settings.mode}"
-        table = folder / f"{stem}.csv"
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Measurement)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.measurements)
-        record = folder / f"{stem}.json"
-        record.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        summary = folder / f"{stem}.md"
-        summary.write_text(to_markdown(self), encoding="utf-8")
-        pictures = []
-        for name, plot in (("time", plot_time), ("memory", plot_memory)):
-            for theme in PALETTES:
-                pictures.append(folder / f"{stem}_{name}_{theme}.png")
-                pictures[-1].write_bytes(plot(self, theme))
-        return [table, record, summary, *pictures]
-
-    @property
-    def machine_kind(self) -> str:
-        """cpu or cuda."""
-        return "cpu" if self.machine.accelerator is None else "cuda"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-ready values."""
-        settings = {
-            name: str(v) if isinstance(v, Path) else v for name, v in vars(self.settings).items()
-        }
-        return {
-            "settings": settings,
-            "machine": asdict(self.machine),
-            "measurements": [asdict(row) for row in self.measurements],
-            "crossing_px": self.crossing_px(),
-        }
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "EfficiencyResult":
-        """Rebuild a result from `to_dict` after a trip through JSON.
-
-        Raises:
-            KeyError, TypeError: the record was written by another version.
-        """
-        settings = dict(record["settings"])
-        settings["resolutions"] = tuple(settings["resolutions"])
-        settings["out"] = Path(settings["out"])
-        if settings["image"] is not None:
-            settings["image"] = Path(settings["image"])
-        return cls(
-            settings=Efficiency(**settings),
-            machine=Machine(**record["machine"]),
-            measurements=tuple(Measurement(**row) for row in record["measurements"]),
-        )
+_TOGETHER_SHARE = 0.4
+"""Share of a GPU's memory that waiting models may hold while another one is prepared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Measure Vim beside DeiT over the resolution: time, peak memory, ratios, a table and plots."""
+    """Measure models over the resolution: time, peak memory, error, ratios, a table and plots."""
 
+    models: tuple[ModelName, ...] = ("vim", "deit")
+    """What is measured; the others are compared with the first. deit has fused attention,
+    deit-eager the paper's; -lean and -checkpoint keep the input of each block alone in training;
+    vim-mamba-ssm runs the published kernels where they are installed."""
     size: Size = "tiny"
-    """Which pair of models: tiny, small or base."""
+    """tiny, small or base, as both papers name them."""
     resolutions: tuple[int, ...] = (224, 384, 512, 768, 1024, 1248)
-    """Sides of the square inputs in pixels, ascending multiples of 16."""
-    batch: int = 1
-    """Images in one pass."""
+    """Sides of the square inputs in pixels, multiples of 16."""
+    batch: tuple[int, ...] = (1,)
+    """Images in one pass: one number for all, or one for each resolution."""
     mode: Mode = "infer"
     """infer: forward without gradients; train: forward, cross-entropy and backward."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when there is one."""
-    precision: Precision = "float32"
-    """float32 throughout, or autocast to bfloat16."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: weights and input in inference, autocast in training; auto takes it on a GPU."""
+    pyramid: bool = False
+    """Measure backbone and feature pyramid without classifier, as the paper's figures 3 and 4."""
+    cuda_graphs: bool = True
+    """On a GPU replay every pass of every model from a CUDA graph, where it can be captured."""
     threads: int | None = None
     """PyTorch's threads on the CPU; None leaves PyTorch's own choice."""
     repeats: int = 7
-    """Timed passes of each case; the median counts."""
+    """Timed turns of each model; the median counts."""
     warmup: int = 2
-    """Passes before, not counted; kernels are compiled in the first."""
+    """Turns before, not counted."""
     image: Path | None = None
     """A picture resized to every resolution; None takes noise."""
-    memory_limit_gib: float | None = None
+    memory_limit_gb: float | None = None
     """On the CPU, count a case as out of memory when it grows by more; None asks the machine."""
+    label: str = ""
+    """Added to the names of the files, to keep several runs apart."""
     out: Path = Path("runs/bench")
-    """Folder for the CSV, JSON and PNG files."""
+    """Folder for the CSV, JSON, Markdown and PNG files."""
 
     def __post_init__(self) -> None:
+        self._check_models()
         sides = self.resolutions
         if not sides or any(side < PATCH_SIDE_PX or side % PATCH_SIDE_PX for side in sides):
             raise ValueError(
                 f"resolutions must be positive multiples of {PATCH_SIDE_PX}, the side of a patch; "
                 f"got {sides}"
             )
-        if list(sides) != sorted(set(sides)):
-            raise ValueError(f"resolutions must ascend without repetition; got {sides}")
-        for name in ("batch", "repeats"):
+        if len(self.batch) not in (1, len(sides)) or min(self.batch) < 1:
+            raise ValueError(
+                f"batch must be one positive number, or one for each of the {len(sides)} "
+                f"resolutions; got {self.batch}"
+            )
+        if len(set(self.points)) < len(self.points) or (
+            len(self.batch) == 1 and list(sides) != sorted(sides)
+        ):
+            raise ValueError(
+                f"resolutions must ascend without repetition, or differ in batch; got {sides}"
+            )
+        for name in ("repeats", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must not be negative; got {self.warmup}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1; got {self.threads}")
         if self.image is not None and not self.image.is_file():
@@ -240,16 +108,45 @@ class Efficiency:
                 f"there is no picture {self.image}; leave --image out for noise"
             )
 
+    def _check_models(self) -> None:
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"models must be named once each, at least one; got {self.models}")
+        for model in self.models:
+            check_available(model)
+            if model in TRAINING_ONLY and self.mode == "infer":
+                raise ValueError(
+                    f"{model} differs from {model.partition('-')[0]} in training only; add "
+                    "--mode train or leave it out"
+                )
+        if self.pyramid and self.mode == "train":
+            raise ValueError("pyramid has no loss to train with; leave out --mode train")
+
+    @property
+    def points(self) -> tuple[tuple[int, int], ...]:
+        """Resolution and batch of every row, in the order measured."""
+        batches = self.batch if len(self.batch) > 1 else self.batch * len(self.resolutions)
+        return tuple(zip(self.resolutions, batches, strict=True))
+
     @property
     def command(self) -> str:
         """The command that repeats this measurement."""
         words = ["visionmamba", "bench", "efficiency"]
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
+            value, name = getattr(self, field.name), field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
                 values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{field.name.replace('_', '-')}", *(str(v) for v in values)]
+                words += [f"--{name}", *(str(v) for v in values)]
         return shlex.join(words)
+
+    def precision_on(self, device: str) -> Precision:
+        """What `precision` means on a device."""
+        if self.precision == "auto":
+            return "bfloat16" if device.startswith("cuda") else "float32"
+        return self.precision
 
     def run(self) -> EfficiencyResult:
         """Measure, print the table and write the files into `out`."""
@@ -280,13 +177,7 @@ class Efficiency:
             TimeElapsedColumn,
         )
 
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                "device 'cuda' was asked for, but torch finds no CUDA device; use 'cpu'"
-            )
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(self.device)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         machine = describe_machine(device, command=self.command)
@@ -298,74 +189,124 @@ class Efficiency:
         )
         measurements: list[Measurement] = []
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task("measuring", total=len(self.resolutions))
-            for side in self.resolutions:
-                progress.update(task, description=f"measuring at {side} px")
-                measurements += self._measure_pair(side, device)
+            task = progress.add_task("measuring", total=len(self.points))
+            for side, batch in self.points:
+                progress.update(task, description=f"measuring {batch} x {side} px")
+                measurements += self._measure_point(side, batch, device)
                 progress.advance(task)
         return EfficiencyResult(settings=self, machine=machine, measurements=tuple(measurements))
 
-    def _measure_pair(self, side: int, device: str) -> list[Measurement]:
-        import torch
-
-        peaks: dict[ModelName, float | None] = {}
-        passes: dict[ModelName, LoadedCase] = {}
-        for model in _MODELS:
-            case = Case(
+    def _measure_point(self, side: int, batch: int, device: str) -> list[Measurement]:
+        cases = [
+            Case(
                 model=model,
                 size=self.size,
                 resolution=side,
-                batch=self.batch,
+                batch=batch,
                 mode=self.mode,
                 device=device,
-                precision=self.precision,
+                precision=self.precision_on(device),
+                pyramid=self.pyramid,
+                cuda_graphs=self.cuda_graphs,
                 image=self.image,
             )
-            try:
-                peaks[model] = peak_memory_gib(
-                    case, threads=torch.get_num_threads(), limit_gib=self.memory_limit_gib
-                )
-                passes[model] = case.load()
-            except OutOfMemory:
-                continue
-        seconds = time_side_by_side(passes, repeats=self.repeats, warmup=self.warmup)
-        return [
-            self._row(model, side, seconds.get(model, []), peaks.get(model)) for model in _MODELS
+            for model in self.models
         ]
+        found: dict[ModelName, Measurement] = {}
+        waiting: list[_Ready] = []
+        references: dict[bool, torch.Tensor] = {}
+        for case in cases:
+            if waiting and case.is_on_gpu and _is_crowded():
+                found |= self._time(waiting)
+                waiting = []
+            fits = self._prepare(case, references, waiting)
+            if not fits and waiting and case.is_on_gpu:  # alone it may fit
+                found |= self._time(waiting)
+                waiting = []
+                self._prepare(case, references, waiting)
+        found |= self._time(waiting)
+        return [found.get(case.model) or _row(case) for case in cases]
 
-    def _row(
-        self, model: ModelName, side: int, seconds: list[float], peak_gib: float | None
-    ) -> Measurement:
-        median = statistics.median(seconds) if seconds else None
-        return Measurement(
-            model=model,
-            resolution=side,
-            num_tokens=(side // PATCH_SIDE_PX) ** 2,
-            status="ok" if seconds else "out of memory",
-            milliseconds=median * 1e3 if median else None,
-            milliseconds_low=min(seconds) * 1e3 if seconds else None,
-            milliseconds_high=max(seconds) * 1e3 if seconds else None,
-            images_per_second=self.batch / median if median else None,
-            peak_memory_gib=peak_gib if seconds else None,
+    def _prepare(
+        self, case: Case, references: "dict[bool, torch.Tensor]", waiting: "list[_Ready]"
+    ) -> bool:
+        """Load a case, measure its memory and error and let it wait; False when memory ran out.
+
+        Args:
+            case: what is prepared.
+            references: float32 outputs of Vim (True) and DeiT (False), made when missing.
+            waiting: what it joins.
+        """
+        import torch
+
+        try:
+            with telling_out_of_memory():
+                if case.precision != "float32" and is_vim(case.model) not in references:
+                    references[is_vim(case.model)] = reference_output(case)
+            peak_bytes: int | None
+            if case.is_on_gpu:
+                loaded, peak_bytes = prepare_on_gpu(case)
+            else:
+                peak_bytes = peak_bytes_on_cpu(
+                    case, threads=torch.get_num_threads(), limit_gb=self.memory_limit_gb
+                )
+                with telling_out_of_memory():
+                    loaded = Pass(case)
+            error = None
+            if case.precision != "float32":
+                with telling_out_of_memory():
+                    error = relative_error(loaded.run(), references[is_vim(case.model)])
+        except OutOfMemory:
+            return False
+        waiting.append(_Ready(loaded=loaded, peak_bytes=peak_bytes, error=error))
+        return True
+
+    def _time(self, waiting: "list[_Ready]") -> dict[ModelName, Measurement]:
+        """Time passes in turns and let go of them."""
+        spreads = seconds_in_turns(
+            {ready.loaded.case.model: ready.loaded.run for ready in waiting},
+            repeats=self.repeats,
+            warmup=self.warmup,
+            is_on_gpu=any(ready.loaded.case.is_on_gpu for ready in waiting),
         )
+        rows = {}
+        for ready in waiting:
+            case = ready.loaded.case
+            rows[case.model] = _row(case, ready, spreads.get(case.model))
+        return rows
 
 
-def time_side_by_side(
-    passes: dict[ModelName, LoadedCase], *, repeats: int, warmup: int
-) -> dict[ModelName, list[float]]:
-    """Return the seconds of every repeat of each model, the models taking turns.
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A pass that waits for its turns."""
 
-    A model that runs out of memory is left out of the answer.
-    """
-    seconds: dict[ModelName, list[float]] = {model: [] for model in passes}
-    for turn in range(warmup + repeats):
-        for model in list(seconds):
-            begin = time.perf_counter()
-            try:
-                passes[model].run()
-            except OutOfMemory:
-                del seconds[model]
-                continue
-            if turn >= warmup:
-                seconds[model].append(time.perf_counter() - begin)
-    return seconds
+    loaded: Pass
+    peak_bytes: int | None
+    error: float | None
+
+
+def _is_crowded() -> bool:
+    import torch
+
+    free_gpu_memory()
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return torch.cuda.memory_reserved() > _TOGETHER_SHARE * total
+
+
+def _row(case: Case, ready: _Ready | None = None, spread: Spread | None = None) -> Measurement:
+    """Return a case's row; without a spread it ran out of memory."""
+    is_ok = ready is not None and spread is not None
+    return Measurement(
+        model=case.model,
+        resolution=case.resolution,
+        batch=case.batch,
+        num_tokens=case.num_tokens,
+        status="ok" if is_ok else "out of memory",
+        launch=ready.loaded.launch if ready and is_ok else None,
+        milliseconds=spread.median * 1e3 if spread else None,
+        milliseconds_low=spread.low * 1e3 if spread else None,
+        milliseconds_high=spread.high * 1e3 if spread else None,
+        images_per_second=case.batch / spread.median if spread else None,
+        peak_memory_gb=ready.peak_bytes / 1e9 if ready and ready.peak_bytes and is_ok else None,
+        relative_error=ready.error if ready and is_ok else None,
+    )

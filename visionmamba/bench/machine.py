@@ -49,6 +49,22 @@ class Machine:
         )
 
 
+def choose_device(wanted: str) -> str:
+    """Return "cpu" or "cuda" for "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" without a CUDA device.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device; use 'cpu'")
+    if wanted == "auto":
+        return "cuda" if has_gpu else "cpu"
+    return wanted
+
+
 def describe_machine(device: str, *, command: str) -> Machine:
     """Describe this machine as the given torch device ("cpu", "cuda") sees it."""
     import torch

@@ -1,11 +1,13 @@
 """Peak memory of one pass: weights, input and everything the pass allocates.
 
-On a GPU PyTorch's allocator knows it. On the CPU every case runs in a process of its own and the
-operating system is asked for the growth of the resident set over its size just before the pass; the
-bytes of weights and input, resident by then, are added. Python and the libraries are left out.
+On a GPU PyTorch's allocator knows it; a pass is prepared with its counter set back, and what other
+passes hold is subtracted. On the CPU every case runs in a process of its own and the operating
+system is asked for the growth of the resident set over its size just before the pass; the bytes of
+weights and input, resident by then, are added. Python and the libraries are left out.
 """
 
 import ctypes
+import functools
 import gc
 import json
 import subprocess
@@ -13,32 +15,78 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from visionmamba.bench.cases import Case, OutOfMemory
+from visionmamba.bench.cases import Case, OutOfMemory, telling_out_of_memory
+from visionmamba.bench.passes import Pass, capture
 
 _WARM_UP_PX = 64
 _OUT_OF_MEMORY = "out of memory"
 
 
-def peak_memory_gib(case: Case, *, threads: int, limit_gib: float | None = None) -> float | None:
-    """Return the peak memory of one pass in GiB; None where the system does not tell it.
+def prepare_on_gpu(case: Case) -> tuple[Pass, int]:
+    """Return a pass ready to be timed and its peak memory in bytes.
+
+    Counted from the moment weights and input are there to the end of the first replay: warm-up,
+    capture, the graph's own memory. Workspaces of cuBLAS, equal for all models, are left out.
+
+    Raises:
+        OutOfMemory: it needs more than there is.
+    """
+    import torch
+
+    _allocate_workspaces(torch.cuda.current_device())
+    free_gpu_memory()
+    elsewhere = torch.cuda.memory_allocated()
+    with telling_out_of_memory():
+        ready = Pass(case)
+        torch.cuda.reset_peak_memory_stats()
+        ready.prepare()
+        ready.run()
+        torch.cuda.synchronize()
+    return ready, torch.cuda.max_memory_allocated() - elsewhere
+
+
+def free_gpu_memory() -> None:
+    """Give back what nothing refers to any more."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@functools.cache
+def _allocate_workspaces(device: int) -> None:
+    """Let cuBLAS take its workspaces, eagerly and under capture, before anything is counted."""
+    import torch
+
+    def step() -> torch.Tensor:
+        x = torch.ones(64, 64, device="cuda", requires_grad=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            y = torch.nn.functional.linear(x, x, x[0])
+        y.sum().backward()  # type: ignore[no-untyped-call]
+        return y.detach()
+
+    step()
+    capture(step)
+
+
+def peak_bytes_on_cpu(case: Case, *, threads: int, limit_gb: float | None = None) -> int | None:
+    """Return the peak memory of one pass in bytes; None where the system does not tell it.
 
     Args:
         case: what is run.
         threads: PyTorch's threads; more threads need more buffers.
-        limit_gib: on the CPU, refuse to grow by more than this; None leaves it to the machine.
+        limit_gb: refuse to grow by more than this many 10^9 bytes; None leaves it to the machine.
 
     Raises:
         OutOfMemory: the pass needs more than there is, or more than the limit.
         RuntimeError: the pass failed for another reason; its last words are in the message.
     """
-    if case.device.startswith("cuda"):
-        return _cuda_peak_gib(case)
     if not Path("/proc/self/clear_refs").exists():  # the peak cannot be reset outside Linux
         return None
     request = {
         "case": asdict(case) | {"image": str(case.image) if case.image else None},
         "threads": threads,
-        "limit_gib": limit_gib,
+        "limit_gb": limit_gb,
     }
     answer = subprocess.run(
         [sys.executable, "-m", "visionmamba.bench.memory"],
@@ -52,41 +100,31 @@ def peak_memory_gib(case: Case, *, threads: int, limit_gib: float | None = None)
     if answer.returncode != 0:
         reason = (answer.stderr.strip() or "no message").splitlines()[-1]
         raise RuntimeError(f"{case.model} at {case.resolution} px failed in its process: {reason}")
-    return float(last_line)
+    return int(last_line)
 
 
-def _cuda_peak_gib(case: Case) -> float:
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-    elsewhere = torch.cuda.memory_allocated(case.device)
-    loaded = case.load()
-    loaded.run()  # workspaces of cuBLAS and compiled kernels
-    torch.cuda.reset_peak_memory_stats(case.device)
-    loaded.run()
-    return (torch.cuda.max_memory_allocated(case.device) - elsewhere) / 2**30
-
-
-def _cpu_peak_gib(case: Case, limit_gib: float | None) -> float:
+def _peak_bytes_here(case: Case, limit_gb: float | None) -> int:
     Path("/proc/self/oom_score_adj").write_text("1000")  # end this process first, not the caller
-    replace(case, resolution=_WARM_UP_PX).load().run()  # libraries, kernels, thread pool
-    loaded = case.load()
+    Pass(replace(case, resolution=_WARM_UP_PX)).run()  # libraries, kernels, thread pool
+    loaded = Pass(case)
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # else the pass would reuse freed pages that count as resident already
-    if limit_gib is not None:
-        _limit_growth(limit_gib)
+    if limit_gb is not None:
+        _limit_growth(limit_gb)
     before = _process_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     loaded.run()
-    return (_process_bytes("VmHWM") - before + loaded.num_bytes) / 2**30
+    growth = _process_bytes("VmHWM") - before
+    if limit_gb is not None and growth > limit_gb * 1e9:  # it came from pages mapped before
+        raise OutOfMemory
+    return growth + loaded.num_bytes
 
 
-def _limit_growth(limit_gib: float) -> None:
+def _limit_growth(limit_gb: float) -> None:
     import resource
 
-    most = _process_bytes("VmSize") + int(limit_gib * 2**30)
+    most = _process_bytes("VmSize") + int(limit_gb * 1e9)
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
@@ -105,7 +143,8 @@ def _answer() -> None:
     image = request["case"].pop("image")
     case = Case(**request["case"], image=Path(image) if image else None)
     try:
-        print(_cpu_peak_gib(case, request["limit_gib"]))
+        with telling_out_of_memory():
+            print(_peak_bytes_here(case, request["limit_gb"]))
     except OutOfMemory:
         print(_OUT_OF_MEMORY)
 

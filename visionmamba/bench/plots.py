@@ -1,24 +1,25 @@
-"""Pictures of a comparison in the manner of the paper's figure 1, as PNG bytes, light or dark."""
+"""Pictures of a comparison in the manner of the paper's figures 1, 3 and 4: PNG, light or dark."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from visionmamba.bench.cases import ModelName
+from visionmamba.bench.results import PAPER_CARD_GB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from visionmamba.bench.efficiency import EfficiencyResult
+    from visionmamba.bench.results import EfficiencyResult, Measurement
 
 Theme = Literal["light", "dark"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Palette:
-    """Colours of one theme; Vim and DeiT differ in lightness, marker and line too (Okabe-Ito)."""
+    """Colours of one theme."""
 
     background: str
     """Behind everything."""
@@ -40,17 +41,43 @@ PALETTES: dict[Theme, Palette] = {
         background="#161b22", text="#e6edf3", faint="#38424d", vim="#56b4e9", deit="#f0a04b"
     ),
 }
-_LINES: dict[ModelName, str] = {"vim": "o-", "deit": "s--"}
+
+
+class _Style(NamedTuple):
+    """How a model is drawn; models differ in lightness, marker and line too."""
+
+    light: str
+    dark: str
+    line: str
+
+
+# Okabe and Ito's colours, lightened for the dark theme where they are too dark
+_STYLES: dict[ModelName, _Style] = {
+    "vim": _Style(PALETTES["light"].vim, PALETTES["dark"].vim, "o-"),
+    "vim-lean": _Style("#56b4e9", "#9ad8ff", "v-"),
+    "vim-mamba-ssm": _Style("#5b6770", "#c3ccd4", "P:"),
+    "deit": _Style(PALETTES["light"].deit, PALETTES["dark"].deit, "s--"),
+    "deit-eager": _Style("#b8860b", "#f0e442", "D:"),
+    "deit-compile": _Style("#a03e78", "#e79cc7", "^--"),
+    "deit-checkpoint": _Style("#009e73", "#3fd0a5", "X-."),
+}
 
 
 @contextmanager
-def chart(theme: Theme, title: str) -> Iterator[tuple["Axes", io.BytesIO]]:
+def chart(
+    theme: Theme, title: str, *, height_inches: float = 3.9
+) -> Iterator[tuple["Axes", io.BytesIO]]:
     """Give axes in the house style; the PNG is in the buffer when the block ends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     palette = PALETTES[theme]
-    figure = Figure(figsize=(6.0, 3.9), dpi=160, facecolor=palette.background, layout="constrained")
+    figure = Figure(
+        figsize=(6.0, height_inches),
+        dpi=160,
+        facecolor=palette.background,
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=palette.background)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=palette.text, pad=12)
@@ -59,7 +86,7 @@ def chart(theme: Theme, title: str) -> Iterator[tuple["Axes", io.BytesIO]]:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(palette.faint)
-    axes.tick_params(colors=palette.text, labelsize=10, length=0)
+    axes.tick_params(which="both", colors=palette.text, labelsize=10, length=0)
     axes.xaxis.label.set_color(palette.text)
     axes.yaxis.label.set_color(palette.text)
     buffer = io.BytesIO()
@@ -77,116 +104,115 @@ def use_log_scale(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def plot_time(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
-    """Plot the time of one image over the resolution, with the crossing point named."""
-    palette = PALETTES[theme]
-    what = "inference" if result.settings.mode == "infer" else "training step"
-    with chart(theme, f"Time of one image, {what}") as (axes, buffer):
-        times: dict[ModelName, dict[int, float]] = {"vim": {}, "deit": {}}
-        for row in result.measurements:
-            if row.milliseconds is not None:
-                times[row.model][row.resolution] = row.milliseconds / result.settings.batch
-        _draw_models(axes, result, times, palette, unit="milliseconds an image")
-        crossing = result.crossing_px()
-        if crossing is not None:
-            axes.axvline(crossing, color=palette.text, linewidth=1, linestyle=":")
-            axes.annotate(
-                f"Vim faster from\nabout {crossing:.0f} px on",
-                (crossing, 0.97),
-                xycoords=("data", "axes fraction"),
-                xytext=(7, 0),
-                textcoords="offset points",
-                va="top",
-                fontsize=9,
-                color=palette.text,
-            )
-        _name_last_ratio(axes, result, times, palette, "faster")
+def plot_speed(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
+    """Plot images per second over the resolution, with the crossing points named."""
+    settings = result.settings
+    what = "inference" if settings.mode == "infer" else "training step"
+    what = "backbone and feature pyramid" if settings.pyramid else what
+    with _chart_of_models(result, theme, f"Speed, {what}, batch {settings.batch[0]}") as (
+        axes,
+        buffer,
+    ):
+        for model in settings.models:
+            crossing = result.crossing_px(model) if model != result.first else None
+            facts = _facts(result, model, result.time_ratio, "faster", crossing)
+            _draw(axes, result, model, theme, lambda row: row.images_per_second, facts)
+            if crossing is not None:
+                color = getattr(_STYLES[model], theme)
+                axes.axvline(crossing, color=color, linewidth=1.2, linestyle=":")
+                axes.annotate(
+                    f"{crossing:.0f} px",
+                    (crossing, 0.03),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(-2, 0),
+                    textcoords="offset points",
+                    rotation=90,
+                    ha="right",
+                    fontsize=8,
+                    color=color,
+                )
+        axes.set_ylabel("images a second")
     return buffer.getvalue()
 
 
 def plot_memory(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
     """Plot the peak memory of one pass over the resolution."""
-    palette = PALETTES[theme]
-    with chart(theme, f"Peak memory, batch {result.settings.batch}") as (axes, buffer):
-        peaks: dict[ModelName, dict[int, float]] = {"vim": {}, "deit": {}}
-        for row in result.measurements:
-            if row.peak_memory_gib is not None:
-                peaks[row.model][row.resolution] = row.peak_memory_gib * 1024
-        _draw_models(axes, result, peaks, palette, unit="MiB")
-        _name_last_ratio(axes, result, peaks, palette, "less")
-    return buffer.getvalue()
-
-
-def _draw_models(
-    axes: "Axes",
-    result: "EfficiencyResult",
-    values: dict[ModelName, dict[int, float]],
-    palette: Palette,
-    *,
-    unit: str,
-) -> None:
-    for model, name in result.names.items():
-        curve = values[model]
-        color = getattr(palette, model)
-        axes.plot(
-            list(curve),
-            list(curve.values()),
-            _LINES[model],
-            color=color,
-            linewidth=2.2,
-            markersize=6,
-            label=name,
-        )
-        failed = [
-            row.resolution
-            for row in result.measurements
-            if row.model == model and row.status == "out of memory"
-        ]
-        for side in failed:
+    color = PALETTES[theme].text
+    title = f"Peak memory, batch {result.settings.batch[0]}"
+    with _chart_of_models(result, theme, title) as (axes, buffer):
+        for model in result.settings.models:
+            facts = _facts(result, model, result.memory_ratio, "less", None)
+            _draw(axes, result, model, theme, lambda row: row.peak_memory_gb, facts)
+        if any(not row.fits_paper_card for row in result.measurements):
+            axes.axhline(PAPER_CARD_GB, color=color, linewidth=1, linestyle=":")
             axes.annotate(
-                f"{name}\nout of\nmemory",
-                (side, 0.9),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="top",
+                f"the paper's card, {PAPER_CARD_GB:.0f} GB",
+                (0.01, PAPER_CARD_GB),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
                 fontsize=9,
                 color=color,
             )
-    use_log_scale(axes)
-    axes.set_xticks(
-        result.settings.resolutions, [str(side) for side in result.settings.resolutions]
-    )
-    axes.set_xlabel("image side, pixels")
-    axes.set_ylabel(unit)
-    axes.legend(frameon=False, labelcolor=palette.text, loc="upper left", fontsize=10)
+        axes.set_ylabel("GB")
+    return buffer.getvalue()
 
 
-def _name_last_ratio(
+@contextmanager
+def _chart_of_models(
+    result: "EfficiencyResult", theme: Theme, title: str
+) -> Iterator[tuple["Axes", io.BytesIO]]:
+    """Give axes over the resolution; a legend below names every model and what is said of it."""
+    num_models = len(result.settings.models)
+    with chart(theme, title, height_inches=3.6 + 0.22 * num_models) as (axes, buffer):
+        yield axes, buffer
+        use_log_scale(axes)
+        sides = result.settings.resolutions
+        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.set_xlabel("image side, pixels")
+        axes.figure.legend(
+            loc="outside lower left", frameon=False, labelcolor=PALETTES[theme].text, fontsize=9
+        )
+
+
+def _draw(
     axes: "Axes",
     result: "EfficiencyResult",
-    values: dict[ModelName, dict[int, float]],
-    palette: Palette,
-    word: str,
+    model: ModelName,
+    theme: Theme,
+    value: "Callable[[Measurement], float | None]",
+    facts: list[str],
 ) -> None:
-    both = sorted(values["vim"].keys() & values["deit"].keys())
-    if not both:
-        return
-    side = both[-1]
-    low, high = sorted((values["vim"][side], values["deit"][side]))
-    who = "Vim" if values["vim"][side] == low else "DeiT"
-    axes.annotate(
-        "",
-        (side, low),
-        xytext=(side, high),
-        arrowprops={"arrowstyle": "->", "color": palette.text, "linewidth": 1.2},
+    """Draw a model's curve; the legend says its facts and where it ran out of memory."""
+    rows = [row for row in result.measurements if row.model == model]
+    known = [(row.resolution, y) for row in rows if (y := value(row)) is not None]
+    failed = [f"{row.resolution}" for row in rows if row.status == "out of memory"]
+    facts = [*facts, *([f"out of memory at {', '.join(failed)} px"] if failed else [])]
+    style, name = _STYLES[model], result.names[model]
+    axes.plot(
+        [side for side, _ in known],
+        [y for _, y in known],
+        style.line,
+        color=getattr(style, theme),
+        linewidth=2.2,
+        markersize=6,
+        label=f"{name}: {'; '.join(facts)}" if facts else name,
     )
-    axes.text(
-        0.99,
-        0.05,
-        f"at {side} px: {who} {high / low:.2f}x {word}",
-        transform=axes.transAxes,
-        ha="right",
-        fontsize=10,
-        fontweight="bold",
-        color=palette.text,
-    )
+
+
+def _facts(
+    result: "EfficiencyResult",
+    model: ModelName,
+    ratio_of: "Callable[[Measurement], float | None]",
+    word: str,
+    crossing: float | None,
+) -> list[str]:
+    """Return how a model compares with the first one: the crossing, and the last ratio known."""
+    rows = [row for row in result.measurements if row.model == model]
+    ratios = [(row.resolution, ratio) for row in rows if (ratio := ratio_of(row)) is not None]
+    if model == result.first or not ratios:
+        return []
+    first, (side, ratio) = result.names[result.first], ratios[-1]
+    who, factor = (f"{first} ", ratio) if ratio >= 1 else ("", 1 / ratio)
+    facts = [] if crossing is None else [f"{first} faster from about {crossing:.0f} px on"]
+    return [*facts, f"{who}{factor:.2f}x {word} at {side} px"]

@@ -1,15 +1,26 @@
-"""The comparison of Vim and DeiT as a table, for the terminal and for documents."""
+"""The comparison of the models as a table, for the terminal and for documents."""
 
 from typing import TYPE_CHECKING
 
-from visionmamba.bench.cases import ModelName
+from visionmamba.bench.results import DOES_NOT_FIT, PAPER_CARD_GB
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from visionmamba.bench.efficiency import EfficiencyResult, Measurement
+    from visionmamba.bench.results import EfficiencyResult, Measurement
 
-_MODELS: tuple[ModelName, ...] = ("vim", "deit")
+_HEADINGS = (
+    "side, px",
+    "batch",
+    "model",
+    "ms",
+    "peak GB",
+    "time ratio",
+    "memory ratio",
+    "error",
+    "launch",
+)
+_MODEL_COLUMN = 2
 
 
 def to_table(result: "EfficiencyResult") -> "Table":
@@ -17,70 +28,76 @@ def to_table(result: "EfficiencyResult") -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    vim, deit = result.names["vim"], result.names["deit"]
-    settings = result.settings
+    settings, machine = result.settings, result.machine
     what = "forward" if settings.mode == "infer" else "forward + backward"
+    what += ", feature pyramid" if settings.pyramid else ""
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
-        title=f"{vim} and {deit}, {what}, batch {settings.batch}, {settings.precision}",
-        caption=f"{result.machine.accelerator or result.machine.processor}, "
-        f"{result.machine.num_threads} threads, torch {result.machine.versions['torch']}, "
-        f"{result.machine.date}",
+        title=f"{what}, {result.precision}; ratios to {result.names[result.first]}",
+        caption=f"{machine.accelerator or machine.processor}, {machine.num_threads} threads, "
+        f"torch {machine.versions['torch']}, {machine.date}{_footnote(result)}",
     )
-    for heading in ("side\npx", "tokens", f"{vim}\nms", f"{deit}\nms", "DeiT/Vim\ntime"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in (f"{vim}\nMiB", f"{deit}\nMiB", "DeiT/Vim\nmemory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for side in settings.resolutions:
-        rows = [result.measurement(model, side) for model in _MODELS]
-        table.add_row(
-            str(side),
-            str(rows[0].num_tokens),
-            *(_time_cell(row) for row in rows),
-            _ratio_cell(result.speedup(side)),
-            *(_memory_cell(row) for row in rows),
-            _ratio_cell(result.memory_ratio(side)),
+    for i, heading in enumerate(_HEADINGS):
+        is_text = i in (_MODEL_COLUMN, len(_HEADINGS) - 1)
+        table.add_column(
+            heading.replace(" ", "\n"),
+            justify="left" if is_text else "right",
+            no_wrap=i != _MODEL_COLUMN,
         )
+    previous = None
+    for row in result.measurements:
+        point = row.resolution, row.batch
+        cells = _cells(result, row)
+        table.add_row(*(cells if point != previous else ("", "", *cells[2:])))
+        previous = point
     return table
 
 
 def to_markdown(result: "EfficiencyResult") -> str:
     """Return the comparison as a table for a document, with its circumstances below."""
-    vim, deit = result.names["vim"], result.names["deit"]
-    lines = [
-        f"| side, px | tokens | {vim}, ms | {deit}, ms | time DeiT/Vim "
-        f"| {vim}, MiB | {deit}, MiB | memory DeiT/Vim |",
-        "|---" * 8 + "|",
-    ]
-    for side in result.settings.resolutions:
-        rows = [result.measurement(model, side) for model in _MODELS]
-        cells = (
-            str(side),
-            str(rows[0].num_tokens),
-            *map(_time_cell, rows),
-            _ratio_cell(result.speedup(side)),
-            *map(_memory_cell, rows),
-            _ratio_cell(result.memory_ratio(side)),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join((*lines, "", f"{result.machine.sentence()} {result.sentence()}", ""))
+    lines = [f"| {' | '.join(_HEADINGS)} |", "|---" * len(_HEADINGS) + "|"]
+    lines += [f"| {' | '.join(_cells(result, row))} |" for row in result.measurements]
+    first = result.names[result.first]
+    notes = f"Ratios above 1 are in favour of {first}. {result.machine.sentence()}"
+    return "\n".join((*lines, "", f"{notes} {result.sentence()}{_footnote(result)}", ""))
+
+
+def _cells(result: "EfficiencyResult", row: "Measurement") -> tuple[str, ...]:
+    is_first = row.model == result.first
+    return (
+        str(row.resolution),
+        str(row.batch),
+        result.names[row.model],
+        _time_cell(row),
+        _memory_cell(row),
+        "" if is_first else _ratio_cell(result.time_ratio(row)),
+        "" if is_first else _ratio_cell(result.memory_ratio(row)),
+        "" if row.relative_error is None else f"{row.relative_error:.1e}",
+        row.launch or "",
+    )
 
 
 def _time_cell(row: "Measurement") -> str:
     if row.milliseconds is None or row.milliseconds_low is None or row.milliseconds_high is None:
         return row.status
     spread = (row.milliseconds_high - row.milliseconds_low) / 2
-    digits = 1 if row.milliseconds < 100 else 0
+    digits = 2 if row.milliseconds < 10 else 1 if row.milliseconds < 100 else 0
     return f"{row.milliseconds:.{digits}f} ±{spread:.{digits}f}"
 
 
 def _memory_cell(row: "Measurement") -> str:
-    if row.peak_memory_gib is None:
-        return row.status if row.status != "ok" else "not measured"
-    return f"{row.peak_memory_gib * 1024:,.0f}"
+    if row.peak_memory_gb is None:
+        return "" if row.status != "ok" else "not measured"
+    return f"{row.peak_memory_gb:.3g}{'' if row.fits_paper_card else ' *'}"
 
 
 def _ratio_cell(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _footnote(result: "EfficiencyResult") -> str:
+    if all(row.fits_paper_card for row in result.measurements):
+        return ""
+    return f" * {DOES_NOT_FIT} ({PAPER_CARD_GB:.0f} GB)."

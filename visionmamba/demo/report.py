@@ -9,9 +9,9 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from visionmamba.bench.efficiency import EfficiencyResult
 from visionmamba.bench.machine import Machine
-from visionmamba.bench.plots import PALETTES, Theme, chart, plot_memory, plot_time, use_log_scale
+from visionmamba.bench.plots import PALETTES, Theme, chart, plot_memory, plot_speed, use_log_scale
+from visionmamba.bench.results import EfficiencyResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,10 +112,10 @@ class Report:
             mistakes=self._mistakes(),
             efficiency_sentence=_text(self.efficiency.sentence()),
             memory_sentence=_text(self._memory_sentence(largest)),
-            time_picture=_picture(lambda theme: plot_time(self.efficiency, theme), "Time"),
+            speed_picture=_picture(lambda theme: plot_speed(self.efficiency, theme), "Speed"),
             memory_picture=_picture(lambda theme: plot_memory(self.efficiency, theme), "Memory"),
             efficiency_table=self._efficiency_table(),
-            precision=self.efficiency.settings.precision,
+            precision=self.efficiency.precision,
             repeats=self.efficiency.settings.repeats,
             machine_facts=_facts(self.efficiency.machine),
             commands=_text(
@@ -132,7 +132,7 @@ class Report:
 
     def _cards(self) -> str:
         largest = self.efficiency.settings.resolutions[-1]
-        speedup = self.efficiency.speedup(largest)
+        speedup = self.efficiency.time_ratio(self.efficiency.measurement("deit", largest))
         cards = [
             ("Vim's test accuracy", f"{self.vim.accuracy:.1%}", f"DeiT {self.deit.accuracy:.1%}"),
             (
@@ -148,7 +148,7 @@ class Report:
                 fast, slow = slow, fast
             factor = max(speedup, 1 / speedup)
             cards.append((f"{fast} at {largest} px", f"{factor:.2f}x faster", f"than {slow}"))
-        crossing = self.efficiency.crossing_px()
+        crossing = self.efficiency.crossing_px("deit")
         if crossing is not None:
             cards.append(("Vim-Ti overtakes", f"{crossing:.0f} px", "below that DeiT-Ti is faster"))
         return "".join(
@@ -184,7 +184,7 @@ class Report:
         return "".join(map(_digit, wrong[:_NUM_SHOWN_DIGITS]))
 
     def _memory_sentence(self, side: int) -> str:
-        ratio = self.efficiency.memory_ratio(side)
+        ratio = self.efficiency.memory_ratio(self.efficiency.measurement("deit", side))
         names = self.efficiency.names
         if ratio is None:
             return f"Peak memory at {side} px is not known for both."
@@ -201,8 +201,8 @@ class Report:
             f"{vim}, ms",
             f"{deit}, ms",
             "Time ratio",
-            f"{vim}, MiB",
-            f"{deit}, MiB",
+            f"{vim}, MB",
+            f"{deit}, MB",
             "Memory ratio",
         )
         body = []
@@ -213,12 +213,12 @@ class Report:
                     f"{side} px",
                     f"{rows[0].num_tokens:,}",
                     *(_number(row.milliseconds, row.status) for row in rows),
-                    _ratio(result.speedup(side)),
+                    _ratio(result.time_ratio(rows[1])),
                     *(
-                        _number(row.peak_memory_gib and row.peak_memory_gib * 1024, row.status)
+                        _number(row.peak_memory_gb and row.peak_memory_gb * 1000, row.status)
                         for row in rows
                     ),
-                    _ratio(result.memory_ratio(side)),
+                    _ratio(result.memory_ratio(rows[1])),
                 )
             )
         return _table(head, body)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from visionmamba.bench.cases import ModelName
-from visionmamba.bench.efficiency import Efficiency, EfficiencyResult
+from visionmamba.bench.efficiency import Efficiency
 from visionmamba.bench.machine import Machine, describe_machine
+from visionmamba.bench.results import EfficiencyResult
 from visionmamba.bench.tables import to_table
 from visionmamba.demo.report import Contender, Digit, Report
 

@@ -1,9 +1,11 @@
 """The baseline Vim is compared with: DeiT, timm's VisionTransformer with checked options."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from visionmamba.models.config import names_valid_options
 
@@ -90,3 +92,14 @@ class DeiT(VisionTransformer):
         }
         super().__init__(**options)
         self.config = config
+
+    def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Return maps (B, D, h, w) after the zero-based blocks `layers`, without class token.
+
+        Args:
+            images: (B, in_channels, H, W).
+            layers: blocks in ascending order; one map each.
+        """
+        maps = self.forward_intermediates(images, indices=list(layers), intermediates_only=True)
+        assert isinstance(maps, list)
+        return maps

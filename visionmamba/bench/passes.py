@@ -1,0 +1,227 @@
+"""A case ready to run: one pass over its batch, launched one by one or as a CUDA graph, and timed.
+
+All models of a comparison go through the same code.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from visionmamba.bench.cases import (
+    NUM_REFERENCE_IMAGES,
+    Case,
+    ModelName,
+    OutOfMemory,
+    is_vim,
+    telling_out_of_memory,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+Launch = Literal["eager", "graph"]
+"""eager: every kernel is launched by Python; graph: the whole pass is one CUDA graph."""
+Key = TypeVar("Key")
+
+_TURN_SECONDS = 0.05
+_MOST_PASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Seconds of one pass: the median of the turns, the fastest and the slowest."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Pass:
+    """A case with its model and input in memory.
+
+    Inference goes through visionmamba.optimize for every model, so that all of them are recorded,
+    sliced and copied on the same terms; a training step is recorded here.
+
+    Raises:
+        RuntimeError, MemoryError: they do not fit; cases.telling_out_of_memory() says which.
+    """
+
+    def __init__(self, case: Case) -> None:
+        import torch
+
+        from visionmamba.models.optimize import optimize
+
+        self.case = case
+        self.launch: Launch = "eager"
+        """How `run` launches its kernels, once `prepare` has run."""
+        self._images = case.build_images()
+        self._model = case.build_model()
+        self._run: Callable[[], torch.Tensor] = self._train
+        if case.mode == "infer":
+            self._model = optimize(self._model, dtype=case.dtype, cuda_graphs=case.cuda_graphs)
+            self._run = self._infer
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights and input."""
+        held = [*self._model.parameters(), *self._model.buffers(), self._images]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def prepare(self) -> None:
+        """Run once and, on a GPU, record the pass as a CUDA graph where wanted and possible."""
+        self._run()
+        if not self.case.is_on_gpu or not self.case.cuda_graphs:
+            return
+        if self.case.mode == "train":
+            try:
+                self._run = capture(self._train)
+            except RuntimeError:
+                return
+        self.launch = "graph"
+
+    def run(self) -> "torch.Tensor":
+        """Launch one pass and return its logits, or feature maps in one row, without waiting."""
+        return self._run()
+
+    def named_gradients(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield the gradients that the last training step left, by the parameters' names."""
+        for name, parameter in self._model.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+    def _infer(self) -> "torch.Tensor":
+        return _as_one(self._model(self._images))
+
+    def _train(self) -> "torch.Tensor":
+        import torch
+
+        device = self._images.device
+        targets = torch.zeros(len(self._images), dtype=torch.long, device=device)
+        self._model.zero_grad(set_to_none=True)
+        is_half = self.case.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
+            logits = _as_one(self._model(self._images))
+            loss = torch.nn.functional.cross_entropy(logits, targets)
+        torch.autograd.backward(loss)
+        return logits.detach()
+
+
+def capture(step: "Callable[[], torch.Tensor]") -> "Callable[[], torch.Tensor]":
+    """Return the replay of a step as a CUDA graph; it returns the step's output, made anew.
+
+    Raises:
+        RuntimeError: the step cannot be captured.
+    """
+    import torch
+
+    side = _side_stream(torch.cuda.current_device())
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # a capture takes its memory anew
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    replay()
+    return replay
+
+
+@functools.cache
+def _side_stream(device: int) -> "torch.cuda.Stream":
+    import torch
+
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def reference_output(case: Case) -> "torch.Tensor":
+    """Return the output for the first images of the batch with everything in float32.
+
+    That of the plain Vim or DeiT which the case's model is a variant of.
+    """
+    import torch
+
+    images = case.build_images()[:NUM_REFERENCE_IMAGES].float()  # rounded as the case's own
+    name: ModelName = "vim" if is_vim(case.model) else "deit"
+    model = replace(case, model=name, mode="infer", precision="float32").build_model()
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        return _as_one(model(images))
+
+
+def relative_error(actual: "torch.Tensor", expected: "torch.Tensor") -> float:
+    """Return the relative root-mean-square difference over the rows that `expected` has."""
+    difference = actual[: len(expected)].float() - expected
+    return float(difference.norm() / expected.norm())
+
+
+def seconds_in_turns(
+    passes: "Mapping[Key, Callable[[], object]]", *, repeats: int, warmup: int, is_on_gpu: bool
+) -> dict[Key, Spread]:
+    """Return the seconds of each pass; all take turns, so that a busy moment hits all.
+
+    A turn is as many passes as fill 50 ms, timed as a whole: by events on a GPU, by the clock
+    elsewhere. A pass that runs out of memory is left out of the answer.
+
+    Args:
+        passes: what is run, by any key.
+        repeats: turns that count.
+        warmup: turns before, at least 1; they tell how many passes fill a turn.
+        is_on_gpu: whether the passes run on a CUDA device.
+    """
+    turn = _gpu_turn if is_on_gpu else _cpu_turn
+    numbers: dict[Key, int] = {}
+    seconds: dict[Key, list[float]] = {key: [] for key in passes}
+    for round_number in range(-warmup, repeats):
+        for key in list(seconds):
+            try:
+                with telling_out_of_memory():
+                    seconds_of_one = turn(passes[key], numbers.get(key, 1))
+            except OutOfMemory:
+                del seconds[key]
+                continue
+            if round_number < 0:
+                numbers[key] = max(1, min(_MOST_PASSES, round(_TURN_SECONDS / seconds_of_one)))
+            else:
+                seconds[key].append(seconds_of_one)
+    return {
+        key: Spread(median=statistics.median(values), low=min(values), high=max(values))
+        for key, values in seconds.items()
+    }
+
+
+def _cpu_turn(run: "Callable[[], object]", number: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(number):
+        run()
+    return (time.perf_counter() - begin) / number
+
+
+def _gpu_turn(run: "Callable[[], object]", number: int) -> float:
+    import torch
+
+    begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(number):
+        run()
+    end.record()
+    end.synchronize()
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1e3 / number
+
+
+def _as_one(output: "torch.Tensor | tuple[torch.Tensor, ...]") -> "torch.Tensor":
+    """Return logits as they are, and several maps (B, C, h, w) as one row for each image."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return output
+    return torch.cat([one.flatten(1) for one in output], dim=1)

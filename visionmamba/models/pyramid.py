@@ -1,0 +1,139 @@
+"""Feature pyramids: a plain backbone, whose maps all have stride 16, gives strides 4, 8, 16, 32.
+
+Two designs: the one of segmentation heads, which rescales maps of four depths, and the simple
+pyramid of ViTDet (arXiv 2203.16527), which makes all levels from the last map. No heads here.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visionmamba.models.deit import DeiT
+from visionmamba.models.vim import Vim
+
+PyramidKind = Literal["segmentation", "detection"]
+
+STRIDES_PX = (4, 8, 16, 32)
+
+
+class FeaturePyramid(nn.Module):
+    """Make maps at strides 4, 8, 16 and 32 from maps at stride 16.
+
+    Args:
+        d_model: channels D of the backbone's maps.
+        kind: "segmentation": four maps in, from shallow to deep, each rescaled to its level, D
+            channels out; "detection": one map in, rescaled to all levels, then a 1x1 and a 3x3
+            convolution, each with a norm over channels.
+        out_channels: channels of the levels of a "detection" pyramid.
+    """
+
+    def __init__(
+        self, d_model: int, *, kind: PyramidKind = "detection", out_channels: int = 256
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.num_inputs = len(STRIDES_PX) if kind == "segmentation" else 1
+        self.out_channels = d_model if kind == "segmentation" else out_channels
+        if kind == "segmentation":
+            levels = _segmentation_levels(d_model)
+        else:
+            levels = _detection_levels(d_model, out_channels)
+        self.levels = nn.ModuleList(levels)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return (B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w) and (B, C, h/2, w/2), rounded down.
+
+        Args:
+            maps: `num_inputs` maps (B, D, h, w).
+
+        Raises:
+            ValueError: another number of maps.
+        """
+        if len(maps) != self.num_inputs:
+            raise ValueError(
+                f"a {self.kind} pyramid takes {self.num_inputs} maps, got {len(maps)}; give the "
+                "backbone as many layers"
+            )
+        sources = maps if self.num_inputs > 1 else [maps[0]] * len(self.levels)
+        return tuple(level(source) for level, source in zip(self.levels, sources, strict=True))
+
+
+class PyramidBackbone(nn.Module):
+    """A Vim or DeiT with a feature pyramid on top; pictures in, maps of four strides out.
+
+    Args:
+        backbone: its patches are 16 pixels wide, or the strides are others.
+        kind, out_channels: as in FeaturePyramid. "segmentation" reads the residual stream after
+            every quarter of the blocks, "detection" that after the last.
+    """
+
+    def __init__(
+        self, backbone: Vim | DeiT, *, kind: PyramidKind = "detection", out_channels: int = 256
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        d_model = backbone.config.d_model
+        self.pyramid = FeaturePyramid(d_model, kind=kind, out_channels=out_channels)
+        depth, count = len(backbone.blocks), self.pyramid.num_inputs
+        self.layers = [depth * (i + 1) // count - 1 for i in range(count)]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps of the pyramid for pictures (B, 3, H, W).
+
+        Raises:
+            ValueError: the backbone does not take the pictures.
+        """
+        maps = self.backbone.features(images, self.layers)
+        levels: tuple[Tensor, ...] = self.pyramid([one.to(images.dtype) for one in maps])
+        return levels
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of every pixel of a map (B, C, h, w)."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normed map in the same dtype."""
+        channels_last = x.permute(0, 2, 3, 1)
+        normed = F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps)
+        return normed.permute(0, 3, 1, 2)
+
+
+def _double(channels_in: int, channels_out: int) -> nn.Module:
+    return nn.ConvTranspose2d(channels_in, channels_out, kernel_size=2, stride=2)
+
+
+def _segmentation_levels(d_model: int) -> list[nn.Module]:
+    quadruple = nn.Sequential(
+        _double(d_model, d_model), nn.BatchNorm2d(d_model), nn.GELU(), _double(d_model, d_model)
+    )
+    return [quadruple, _double(d_model, d_model), nn.Identity(), nn.MaxPool2d(2)]
+
+
+def _detection_levels(d_model: int, out_channels: int) -> list[nn.Module]:
+    half, quarter = d_model // 2, d_model // 4
+    quadruple = (_double(d_model, half), ChannelNorm(half), nn.GELU(), _double(half, quarter))
+    scales: tuple[tuple[tuple[nn.Module, ...], int], ...] = (
+        (quadruple, quarter),
+        ((_double(d_model, half),), half),
+        ((), d_model),
+        ((nn.MaxPool2d(2),), d_model),
+    )
+    return [
+        nn.Sequential(
+            *rescale,
+            nn.Conv2d(channels, out_channels, kernel_size=1, bias=False),
+            ChannelNorm(out_channels),
+            nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            ChannelNorm(out_channels),
+        )
+        for rescale, channels in scales
+    ]
