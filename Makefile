@@ -6,10 +6,11 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 WORKERS ?= 2
+BENCH   := $(BIN)/visionmamba bench
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu results format lint types tests tests-without-compiler tests-from-wheel clean
+.PHONY: help setup demo test test-gpu results results-gpu format lint types tests tests-without-compiler tests-from-wheel clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -60,9 +61,22 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -rs
 
 results: $(READY)
-	$(BIN)/visionmamba bench efficiency --threads 2 --device cpu --out docs/results
-	$(BIN)/visionmamba bench efficiency --threads 2 --device cpu --mode train --out docs/results
-	$(BIN)/visionmamba bench kernels --threads 2 --device cpu --out docs/results
+	$(BENCH) efficiency --threads 2 --device cpu --out docs/results
+	$(BENCH) efficiency --threads 2 --device cpu --mode train --out docs/results
+	$(BENCH) kernels --threads 2 --device cpu --out docs/results
+	$(BIN)/python docs/update_results.py
+
+results-gpu: $(READY)
+	$(BENCH) efficiency --device cuda --models vim deit deit-compile deit-eager --label cases \
+	  --resolutions 1248 224 224 1024 1248 2048 1248 --batch 8 64 1 8 1 8 64 --out docs/results
+	$(BENCH) efficiency --device cuda --models vim vim-lean deit deit-compile deit-eager deit-checkpoint --label cases \
+	  --mode train --resolutions 224 1248 2048 --batch 128 8 4 --out docs/results
+	$(BENCH) efficiency --device cuda --models vim deit deit-compile deit-eager --batch 8 \
+	  --resolutions 224 512 640 736 1024 1248 2048 --out docs/results
+	$(BENCH) efficiency --device cuda --models vim deit deit-eager --batch 8 --pyramid \
+	  --resolutions 512 640 736 1024 1248 --out docs/results
+	$(BENCH) kernels --device cuda --out docs/results
+	$(BENCH) complexity --device cuda --out docs/results
 	$(BIN)/python docs/update_results.py
 
 format: $(READY)

@@ -4,9 +4,10 @@ Running it is passes.py's part, its peak memory memory.py's.
 """
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -115,6 +116,17 @@ class Case:
     """Whether passes on a GPU are replayed from CUDA graphs."""
     image: Path | None = None
     """A picture resized to the input; None takes noise."""
+
+    def to_json(self) -> str:
+        """Return the case as text for another process."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Case":
+        """Rebuild a case from `to_json`."""
+        fields = json.loads(text)
+        image = fields.pop("image")
+        return cls(**fields, image=Path(image) if image else None)
 
     @property
     def num_tokens(self) -> int:

@@ -21,6 +21,7 @@ from visionmamba.bench.cases import (
     is_vim,
     telling_out_of_memory,
 )
+from visionmamba.bench.compile_ahead import compile_ahead
 from visionmamba.bench.machine import choose_device, describe_machine
 from visionmamba.bench.memory import free_gpu_memory, peak_bytes_on_cpu, prepare_on_gpu
 from visionmamba.bench.passes import (
@@ -189,29 +190,35 @@ class Efficiency:
         )
         measurements: list[Measurement] = []
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task("measuring", total=len(self.points))
+            task = progress.add_task("compiling", total=len(self.points))
+            if device == "cuda" and "deit-compile" in self.models and len(self.points) > 1:
+                compile_ahead(
+                    [self._case("deit-compile", side, batch, device) for side, batch in self.points]
+                )
             for side, batch in self.points:
                 progress.update(task, description=f"measuring {batch} x {side} px")
-                measurements += self._measure_point(side, batch, device)
+                rows = self._measure_point(side, batch, device)
+                console.print(f"{batch} x {side} px: {_summary(rows)}", highlight=False)
+                measurements += rows
                 progress.advance(task)
         return EfficiencyResult(settings=self, machine=machine, measurements=tuple(measurements))
 
+    def _case(self, model: ModelName, side: int, batch: int, device: str) -> Case:
+        return Case(
+            model=model,
+            size=self.size,
+            resolution=side,
+            batch=batch,
+            mode=self.mode,
+            device=device,
+            precision=self.precision_on(device),
+            pyramid=self.pyramid,
+            cuda_graphs=self.cuda_graphs,
+            image=self.image,
+        )
+
     def _measure_point(self, side: int, batch: int, device: str) -> list[Measurement]:
-        cases = [
-            Case(
-                model=model,
-                size=self.size,
-                resolution=side,
-                batch=batch,
-                mode=self.mode,
-                device=device,
-                precision=self.precision_on(device),
-                pyramid=self.pyramid,
-                cuda_graphs=self.cuda_graphs,
-                image=self.image,
-            )
-            for model in self.models
-        ]
+        cases = [self._case(model, side, batch, device) for model in self.models]
         found: dict[ModelName, Measurement] = {}
         waiting: list[_Ready] = []
         references: dict[bool, torch.Tensor] = {}
@@ -283,6 +290,13 @@ class _Ready:
     loaded: Pass
     peak_bytes: int | None
     error: float | None
+
+
+def _summary(rows: list[Measurement]) -> str:
+    return ", ".join(
+        f"{row.model} {row.status if row.milliseconds is None else f'{row.milliseconds:.2f} ms'}"
+        for row in rows
+    )
 
 
 def _is_crowded() -> bool:

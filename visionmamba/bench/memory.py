@@ -12,7 +12,7 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from visionmamba.bench.cases import Case, OutOfMemory, telling_out_of_memory
@@ -83,11 +83,7 @@ def peak_bytes_on_cpu(case: Case, *, threads: int, limit_gb: float | None = None
     """
     if not Path("/proc/self/clear_refs").exists():  # the peak cannot be reset outside Linux
         return None
-    request = {
-        "case": asdict(case) | {"image": str(case.image) if case.image else None},
-        "threads": threads,
-        "limit_gb": limit_gb,
-    }
+    request = {"case": case.to_json(), "threads": threads, "limit_gb": limit_gb}
     answer = subprocess.run(
         [sys.executable, "-m", "visionmamba.bench.memory"],
         input=json.dumps(request),
@@ -140,11 +136,9 @@ def _answer() -> None:
 
     request = json.loads(sys.stdin.read())
     torch.set_num_threads(request["threads"])
-    image = request["case"].pop("image")
-    case = Case(**request["case"], image=Path(image) if image else None)
     try:
         with telling_out_of_memory():
-            print(_peak_bytes_here(case, request["limit_gb"]))
+            print(_peak_bytes_here(Case.from_json(request["case"]), request["limit_gb"]))
     except OutOfMemory:
         print(_OUT_OF_MEMORY)
 
