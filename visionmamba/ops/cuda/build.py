@@ -13,7 +13,7 @@ from visionmamba.ops.kernel_cache import UnavailableError, cached_file
 FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
 """Names of the sources, one module of kernels each."""
-OPTIONS = ("--std=c++17", "--ftz=true", "--prec-div=true")
+OPTIONS = ("--std=c++17", "--ftz=true", "--prec-div=true", "--device-as-default-execution-space")
 
 
 def source_text(name: str) -> bytes:
