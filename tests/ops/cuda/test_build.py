@@ -28,6 +28,7 @@ def small_source(tmp_path, monkeypatch):
     return source
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", build.SOURCES)
 def test_every_kernel_compiles(name, architecture):
