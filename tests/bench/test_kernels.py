@@ -1,27 +1,82 @@
-"""The table of the ops: every op in every pass, and answers that agree with the PyTorch path."""
+"""The table of the ops: every op in every pass, answers that agree, floors of a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from visionmamba.bench.ceilings import Ceilings
+from visionmamba.bench.kernel_results import KernelsResult
 from visionmamba.bench.kernels import Kernels
+from visionmamba.bench.op_cases import op_cases
 from visionmamba.ops import backends
 
 FLOAT32_TOLERANCE = 1e-4  # sums over the state in another order
+BFLOAT16_TOLERANCE = 1e-2  # inputs of a mixer's second half have 8 bits
+
+H200 = Ceilings(num_multiprocessors=132, clock_ghz=1.98, bytes_per_second=4.28e12)
 
 
-def test_times_every_op_compares_the_backends_and_leaves_the_choice(tmp_path: Path) -> None:
-    chosen = backends()
-    result = Kernels(quick=True, repeats=1, device="cpu", out=tmp_path).run()
-    assert backends() == chosen
-    assert {row.op for row in result.timings} == {status.op for status in chosen}
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> KernelsResult:
+    folder = tmp_path_factory.mktemp("kernels")
+    return Kernels(quick=True, repeats=1, device="cpu", out=folder).run()
+
+
+def test_times_every_op_compares_the_backends_and_leaves_the_choice(result: KernelsResult) -> None:
+    on_cpu = {status.op for status in backends() if status.device == "cpu"}
+    assert {row.op for row in result.timings} == on_cpu
     assert {row.direction for row in result.timings} == {"forward", "forward + backward"}
     assert all(row.milliseconds > 0 for row in result.timings)
     assert all((row.difference or 0) < FLOAT32_TOLERANCE for row in result.timings)
-    assert (tmp_path / "kernels_cpu.csv").is_file()
-    assert (tmp_path / "kernels_cpu.json").is_file()
+    assert Kernels(device="cpu").command == "visionmamba bench kernels --device cpu"
+
+
+def test_writes_a_table_of_every_kind(result: KernelsResult, tmp_path: Path) -> None:
+    assert [path.name for path in result.save(tmp_path)] == [
+        "kernels_cpu.csv",
+        "kernels_cpu.json",
+        "kernels_cpu.md",
+    ]
+    header = "| op | shape | dtype | pass | backend | ms | GB/s | difference |"
+    assert (tmp_path / "kernels_cpu.md").read_text().startswith(header)
+
+
+def test_floors_are_shown_beside_the_times_of_a_gpu(result: KernelsResult) -> None:
+    rows = tuple(
+        replace(row, floor_milliseconds=row.milliseconds / 4, launch="graph")
+        for row in result.timings
+    )
+    text = replace(result, ceilings=H200, timings=rows).to_markdown()
+    assert "| floor, ms | share of floor |" in text
+    assert " | 0.25 | " in text
+    assert "132 multiprocessors x 16 exponentials a clock at 1.98 GHz" in text
+
+
+def test_floor_is_that_of_the_exponentials_or_of_the_memory() -> None:
+    elements = 2 * 8 * 6085 * 384
+    scan = H200.floor_seconds(num_exponentials=elements * 18, num_bytes=0)
+    assert scan == pytest.approx(161e-6, rel=0.01)  # docs/kernels.md
+    assert H200.floor_seconds(num_exponentials=0, num_bytes=428 * 10**9) == pytest.approx(0.1)
+
+
+def test_first_sample_is_that_of_the_batch() -> None:
+    cases = {case.op: case for case in op_cases(batch=3, length=20, device="cpu")}
+    for case in cases.values():
+        whole = case.first_sample(case.forward("cpp")[0])
+        alone = case.first_sample_on_cpu()
+        assert (whole - alone).norm() <= FLOAT32_TOLERANCE * alone.norm(), case.op
 
 
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         Kernels(repeats=0)
+
+
+@pytest.mark.gpu
+def test_gpu_rows_are_graphs_that_agree_with_the_cpu(tmp_path: Path) -> None:
+    rows = Kernels(quick=True, repeats=1, device="cuda", out=tmp_path).run().timings
+    assert {row.op for row in rows} >= {"fused_mixer", "both scans of the mixer", "rms_norm"}
+    assert all(row.launch == "graph" for row in rows)
+    assert all((row.difference or 0) < BFLOAT16_TOLERANCE for row in rows)
+    assert all(row.floor_milliseconds for row in rows)

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 Launch = Literal["eager", "graph"]
 """eager: every kernel is launched by Python; graph: the whole pass is one CUDA graph."""
 Key = TypeVar("Key")
+Output = TypeVar("Output")
 
-_TURN_SECONDS = 0.05
-_MOST_PASSES = 1000
+TURN_SECONDS = 0.05
+MOST_PASSES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class Pass:
         return logits.detach()
 
 
-def capture(step: "Callable[[], torch.Tensor]") -> "Callable[[], torch.Tensor]":
+def capture(step: Callable[[], Output]) -> Callable[[], Output]:
     """Return the replay of a step as a CUDA graph; it returns the step's output, made anew.
 
     Raises:
@@ -128,7 +129,7 @@ def capture(step: "Callable[[], torch.Tensor]") -> "Callable[[], torch.Tensor]":
     with torch.cuda.graph(graph):
         output = step()
 
-    def replay() -> torch.Tensor:
+    def replay() -> Output:
         graph.replay()
         return output
 
@@ -177,7 +178,7 @@ def seconds_in_turns(
         warmup: turns before, at least 1; they tell how many passes fill a turn.
         is_on_gpu: whether the passes run on a CUDA device.
     """
-    turn = _gpu_turn if is_on_gpu else _cpu_turn
+    turn = gpu_seconds if is_on_gpu else cpu_seconds
     numbers: dict[Key, int] = {}
     seconds: dict[Key, list[float]] = {key: [] for key in passes}
     for round_number in range(-warmup, repeats):
@@ -189,7 +190,7 @@ def seconds_in_turns(
                 del seconds[key]
                 continue
             if round_number < 0:
-                numbers[key] = max(1, min(_MOST_PASSES, round(_TURN_SECONDS / seconds_of_one)))
+                numbers[key] = max(1, min(MOST_PASSES, round(TURN_SECONDS / seconds_of_one)))
             else:
                 seconds[key].append(seconds_of_one)
     return {
@@ -198,14 +199,16 @@ def seconds_in_turns(
     }
 
 
-def _cpu_turn(run: "Callable[[], object]", number: int) -> float:
+def cpu_seconds(run: "Callable[[], object]", number: int) -> float:
+    """Return the mean seconds of so many calls by the clock."""
     begin = time.perf_counter()
     for _ in range(number):
         run()
     return (time.perf_counter() - begin) / number
 
 
-def _gpu_turn(run: "Callable[[], object]", number: int) -> float:
+def gpu_seconds(run: "Callable[[], object]", number: int) -> float:
+    """Return the mean seconds of so many calls on the current GPU by its events."""
     import torch
 
     begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
