@@ -154,6 +154,17 @@ def test_info_names_versions_devices_and_backends(capsys: Output) -> None:
     assert "selective_scan on cpu" in facts["backends"]
 
 
+def test_bench_lists_its_benchmarks(capsys: Output) -> None:
+    assert main(["bench", "--help"]) == 0
+    assert "{efficiency,kernels,complexity}" in capsys.readouterr().out
+
+
+def test_bench_complexity_prints_tables_and_writes_files(tmp_path: Path, capsys: Output) -> None:
+    assert main(["bench", "complexity", "--resolutions", "32", "--out", str(tmp_path)]) == 0
+    assert "Multiply-adds" in capsys.readouterr().out
+    assert (tmp_path / "complexity_tiny.md").is_file()
+
+
 # The wrong inputs: one sentence each, exit code 2 (1 when memory ran out), nothing half-written.
 
 
@@ -294,6 +305,21 @@ def test_batch_that_does_not_fit_ends_with_its_remedy(
     assert complaint(capsys) == (
         "a batch of 6 images does not fit into the memory of the CPU; "
         "lower batch_size, for example to 3"
+    )
+
+
+def test_misspelt_model_of_a_benchmark_names_the_valid_ones(capsys: Output) -> None:
+    assert main(["bench", "efficiency", "--models", "vim", "diet"]) == 2
+    sentence = complaint(capsys)
+    assert "invalid choice 'diet'" in sentence
+    assert "'deit-eager', 'deit-compile'" in sentence
+
+
+def test_benchmark_of_kernels_that_are_not_installed_says_so(capsys: Output) -> None:
+    assert main(["bench", "efficiency", "--models", "vim", "vim-mamba-ssm"]) == 2
+    assert complaint(capsys) == (
+        "vim-mamba-ssm runs the published kernels and needs mamba_ssm and causal_conv1d; install "
+        "mamba-ssm and causal-conv1d as their authors describe, or leave the model out"
     )
 
 

@@ -44,7 +44,9 @@ commands:
   predict WEIGHTS IMAGE...      what images show
   info                          versions, devices, and which backend runs each operation
   demo                          train a small Vim beside a DeiT, measure both, write a report
-  bench efficiency|kernels      time and memory against DeiT; the kernels one by one
+  bench efficiency|kernels|complexity
+                                time and memory against DeiT; the kernels one by one; operations
+                                and bytes beside the paper's formulas
 
 options:
   -h, --help                    this text; `visionmamba COMMAND --help` for a command's options
@@ -285,12 +287,14 @@ def _demo(given: list[str]) -> int:
 
 
 def _bench(given: list[str]) -> int:
+    from visionmamba.bench.complexity import Complexity
     from visionmamba.bench.efficiency import Efficiency
     from visionmamba.bench.kernels import Kernels
 
-    benchmarks: dict[str, type[Efficiency | Kernels]] = {
+    benchmarks: dict[str, type[Efficiency | Kernels | Complexity]] = {
         "efficiency": Efficiency,
         "kernels": Kernels,
+        "complexity": Complexity,
     }
     if not given or given[0] in ("-h", "--help"):
         print(f"usage: visionmamba bench {{{','.join(benchmarks)}}} [--help] ...")
