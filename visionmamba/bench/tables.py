@@ -1,5 +1,6 @@
 """The comparison of the models as a table, for the terminal and for documents."""
 
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from visionmamba.bench.results import DOES_NOT_FIT, PAPER_CARD_GB
@@ -20,7 +21,7 @@ _HEADINGS = (
     "error",
     "launch",
 )
-_MODEL_COLUMN = 2
+_TEXT_HEADINGS = ("model", "launch")
 
 
 def to_table(result: "EfficiencyResult") -> "Table":
@@ -39,29 +40,35 @@ def to_table(result: "EfficiencyResult") -> "Table":
         caption=f"{machine.accelerator or machine.processor}, {machine.num_threads} threads, "
         f"torch {machine.versions['torch']}, {machine.date}{_footnote(result)}",
     )
-    for i, heading in enumerate(_HEADINGS):
-        is_text = i in (_MODEL_COLUMN, len(_HEADINGS) - 1)
+    headings, *rows = _rows(result)
+    for heading in headings:
+        is_text = heading in _TEXT_HEADINGS
         table.add_column(
             heading.replace(" ", "\n"),
             justify="left" if is_text else "right",
-            no_wrap=i != _MODEL_COLUMN,
+            no_wrap=heading != "model",
         )
     previous = None
-    for row in result.measurements:
-        point = row.resolution, row.batch
-        cells = _cells(result, row)
-        table.add_row(*(cells if point != previous else ("", "", *cells[2:])))
-        previous = point
+    for row in rows:
+        table.add_row(*(row if row[:2] != previous else ("", "", *row[2:])))
+        previous = row[:2]
     return table
 
 
 def to_markdown(result: "EfficiencyResult") -> str:
     """Return the comparison as a table for a document, with its circumstances below."""
-    lines = [f"| {' | '.join(_HEADINGS)} |", "|---" * len(_HEADINGS) + "|"]
-    lines += [f"| {' | '.join(_cells(result, row))} |" for row in result.measurements]
+    headings, *lines = [f"| {' | '.join(row)} |" for row in _rows(result)]
+    lines = [headings, "|---" * (headings.count("|") - 1) + "|", *lines]
     first = result.names[result.first]
     notes = f"Ratios above 1 are in favour of {first}. {result.machine.sentence()}"
     return "\n".join((*lines, "", f"{notes} {result.sentence()}{_footnote(result)}", ""))
+
+
+def _rows(result: "EfficiencyResult") -> list[tuple[str, ...]]:
+    """Return the headings and a row for each measurement, without columns that say nothing."""
+    rows = [_cells(result, row) for row in result.measurements]
+    said = [any(row[i] for row in rows) for i in range(len(_HEADINGS))]
+    return [tuple(compress(row, said)) for row in (_HEADINGS, *rows)]
 
 
 def _cells(result: "EfficiencyResult", row: "Measurement") -> tuple[str, ...]:
@@ -75,7 +82,7 @@ def _cells(result: "EfficiencyResult", row: "Measurement") -> tuple[str, ...]:
         "" if is_first else _ratio_cell(result.time_ratio(row)),
         "" if is_first else _ratio_cell(result.memory_ratio(row)),
         "" if row.relative_error is None else f"{row.relative_error:.1e}",
-        row.launch or "",
+        row.launch or "" if result.machine_kind == "cuda" else "",
     )
 
 
