@@ -17,7 +17,13 @@ from visionmamba.bench.cases import (
 )
 from visionmamba.bench.efficiency import Efficiency
 from visionmamba.bench.memory import peak_bytes_on_cpu
-from visionmamba.bench.passes import Pass, reference_output, relative_error, seconds_in_turns
+from visionmamba.bench.passes import (
+    Pass,
+    capture,
+    reference_output,
+    relative_error,
+    seconds_in_turns,
+)
 from visionmamba.bench.results import EfficiencyResult
 
 WEIGHTS_BYTES = 7_148_008 * 4  # Vim-Ti, float32
@@ -94,6 +100,25 @@ def test_variants_train_to_the_gradients_of_the_plain_model(model: ModelName) ->
         named = dict(one.named_gradients())
         gradients.append(next(g for n, g in named.items() if "patch_embed" in n))
     assert relative_error(*gradients) < FLOAT32_ERROR
+
+
+def test_compiled_model_is_compiled_at_its_first_call_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[bool] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, *, dynamic: compiled.append(dynamic)
+    )
+    one = Pass(case_of("deit-compile"))
+    assert compiled == []
+    logits = [one.run() for _ in range(2)]
+    assert compiled == [False]
+    torch.testing.assert_close(logits[1], Pass(case_of("deit")).run())
+
+
+def test_case_survives_the_way_to_another_process() -> None:
+    case = case_of("vim", image=Path("picture.png"), pyramid=True)
+    assert Case.from_json(case.to_json()) == case
 
 
 def test_pyramid_gives_the_maps_of_four_strides() -> None:
@@ -191,6 +216,13 @@ def test_gpu_rows_are_graphs_with_time_memory_and_error(mode: str, tmp_path: Pat
         assert row.peak_memory_gb * 1e9 > WEIGHTS_BYTES / 2
         assert row.relative_error is not None
         assert row.relative_error < BFLOAT16_ERROR
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_refused_and_harms_nothing() -> None:
+    with pytest.raises(RuntimeError):
+        capture(lambda: torch.ones(1, device="cuda").item())
+    assert capture(lambda: torch.ones(2, device="cuda") + 1)().tolist() == [2, 2]
 
 
 @pytest.mark.gpu

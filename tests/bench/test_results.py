@@ -77,7 +77,7 @@ def test_out_of_memory_rows_stay_without_numbers() -> None:
     result = result_of({224: (20.0, 10.0), 512: (20.0, None)})
     row = result.measurement("deit", 512)
     assert result.time_ratio(row) is None
-    assert "| 512 | 1 | DeiT-Ti | out of memory |  | - | - |  |  |" in to_markdown(result)
+    assert "| 512 | 1 | DeiT-Ti | out of memory |  | - | - |  |" in to_markdown(result)
 
 
 def test_rows_beyond_the_papers_card_are_marked(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from visionmamba.bench.ceilings import Ceilings, measure_ceilings
 from visionmamba.bench.kernel_results import KernelTiming
-from visionmamba.bench.op_cases import Dtype, OpCase, Pass, op_cases
+from visionmamba.bench.op_cases import Backend, Dtype, OpCase, Pass, op_cases
 from visionmamba.bench.passes import Launch, capture, seconds_in_turns
 
 _SHAPES = ((64, 197), (8, 1025), (8, 6085), (1, 6085))
@@ -60,11 +60,12 @@ def _time(
     cases: tuple[OpCase, ...], dtype: Dtype, direction: Pass, repeats: int, ceilings: Ceilings
 ) -> KernelTiming:
     case = cases[0]
+    backend = _backend(case.op)
 
     def run() -> None:
         for one in cases:
             if direction == "forward":
-                one.forward("cuda")
+                one.forward(backend)
             else:
                 one.train()
 
@@ -85,7 +86,7 @@ def _time(
         shape=case.shape,
         dtype=dtype,
         direction=direction,
-        backend="cuda",
+        backend=backend,
         launch=launch,
         milliseconds=spread.median * per_set,
         milliseconds_low=spread.low * per_set,
@@ -94,6 +95,14 @@ def _time(
         floor_milliseconds=floor * 1e3,
         difference=_difference(case) if direction == "forward" else None,
     )
+
+
+def _backend(op: str) -> Backend:
+    from visionmamba.ops import backends
+
+    names = {status.op: status.name for status in backends() if status.device == "cuda"}
+    name = names.get(op, "cuda")  # the steps of the fused mixer have kernels or are left out
+    return "torch" if name == "torch" else "triton" if name == "triton" else "cuda"
 
 
 def _difference(case: OpCase) -> float:

@@ -30,8 +30,8 @@ class KernelTiming:
     direction: Pass
     """forward, without gradients; or with the gradients of every input."""
     backend: Backend
-    """cpp and cuda: kernels of this package; torch: PyTorch operations; reference: one token at a
-    time."""
+    """cpp, cuda and triton: kernels of this package; torch: PyTorch operations; reference: one
+    token at a time."""
     launch: Launch
     """Whether Python launched every kernel, or a CUDA graph all of them."""
     milliseconds: float

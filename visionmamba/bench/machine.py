@@ -11,6 +11,7 @@ from pathlib import Path
 
 from visionmamba import __version__
 
+_COMMIT_VARIABLE = "VISIONMAMBA_COMMIT"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
@@ -33,7 +34,8 @@ class Machine:
     versions: dict[str, str]
     """Python and the packages that decide the speed."""
     commit: str | None
-    """Commit of the source checkout, marked when files differ from it; None outside a checkout."""
+    """Commit of the source checkout, marked when files differ from it. In a copy of one it is what
+    VISIONMAMBA_COMMIT says; None where nothing does."""
     date: str
     """When the measurement began, UTC."""
     command: str
@@ -81,11 +83,22 @@ def describe_machine(device: str, *, command: str) -> Machine:
         memory_gib=_memory_gib(),
         system=f"{platform.system()} {platform.machine()}",
         versions={"python": platform.python_version(), "visionmamba": __version__}
-        | {package: version(package) for package in _PACKAGES},
+        | {package: version(package) for package in _PACKAGES}
+        | (_gpu_versions() if accelerator else {}),
         commit=_commit(),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         command=command,
     )
+
+
+def _gpu_versions() -> dict[str, str]:
+    import torch
+
+    name, toolkit = (
+        ("rocm", torch.version.hip) if torch.version.hip else ("cuda", torch.version.cuda)
+    )
+    cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return {name: str(toolkit), "cudnn": str(cudnn)}
 
 
 def _processor_name() -> str:
@@ -107,7 +120,7 @@ def _memory_gib() -> float | None:
 def _commit() -> str | None:
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
-        return None
+        return os.environ.get(_COMMIT_VARIABLE)
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=10"],

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from visionmamba.models.mixer import BidirectionalMixer
 
-Backend = Literal["cpp", "cuda", "torch", "reference"]
+Backend = Literal["cpp", "cuda", "triton", "torch", "reference"]
 Pass = Literal["forward", "forward + backward"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -108,6 +108,7 @@ def op_cases(
         rms_norm,
         selective_scan,
     )
+    from visionmamba.ops.cuda import cuda_backend
     from visionmamba.ops.selective_scan.reference import selective_scan_reference
 
     torch.manual_seed(seed)
@@ -192,7 +193,7 @@ def op_cases(
         call=lambda x, weight, residual: rms_norm(x, weight, residual=residual),
         num_exponentials=batch * length,
     )
-    if device == "cuda" and dtype == "bfloat16":
+    if device == "cuda" and dtype == "bfloat16" and cuda_backend(x.device).has_kernels:
         yield from _fused_cases(mixer, noise(_D_MODEL), x, projected, prefix)
 
 

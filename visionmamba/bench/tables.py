@@ -23,6 +23,9 @@ _HEADINGS = (
 )
 _TEXT_HEADINGS = ("model", "launch")
 
+_MEASURED = "Medians; peak GB (10^9 bytes): weights, input and all that a pass allocates."
+_ERROR = "Error: of the first two images' output, relative to the same model in float32."
+
 
 def to_table(result: "EfficiencyResult") -> "Table":
     """Return the comparison as a table for the terminal."""
@@ -60,7 +63,9 @@ def to_markdown(result: "EfficiencyResult") -> str:
     headings, *lines = [f"| {' | '.join(row)} |" for row in _rows(result)]
     lines = [headings, "|---" * (headings.count("|") - 1) + "|", *lines]
     first = result.names[result.first]
-    notes = f"Ratios above 1 are in favour of {first}. {result.machine.sentence()}"
+    notes = f"{_MEASURED} Ratios above 1 are in favour of {first}. {result.machine.sentence()}"
+    if result.precision != "float32":
+        notes = f"{_ERROR} {notes}"
     return "\n".join((*lines, "", f"{notes} {result.sentence()}{_footnote(result)}", ""))
 
 
