@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from visionmamba.bench.cases import Case, OutOfMemory, telling_out_of_memory
-from visionmamba.bench.passes import Pass, capture
+from visionmamba.bench.passes import Pass
 
 _WARM_UP_PX = 64
+_NUM_STREAMS = 32
+"""Streams that PyTorch hands out in turn; captures and their warm-ups run on them."""
 _OUT_OF_MEMORY = "out of memory"
 
 
@@ -55,18 +57,18 @@ def free_gpu_memory() -> None:
 
 @functools.cache
 def _allocate_workspaces(device: int) -> None:
-    """Let cuBLAS take its workspaces, eagerly and under capture, before anything is counted."""
+    """Let cuBLAS take its workspaces, one a stream and thread, before anything is counted.
+
+    They stay as long as the process, so that recorded graphs may go on using them.
+    """
     import torch
 
-    def step() -> torch.Tensor:
-        x = torch.ones(64, 64, device="cuda", requires_grad=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            y = torch.nn.functional.linear(x, x, x[0])
-        y.sum().backward()  # type: ignore[no-untyped-call]
-        return y.detach()
-
-    step()
-    capture(step)
+    streams = [torch.cuda.Stream(device) for _ in range(_NUM_STREAMS)]  # type: ignore[no-untyped-call]
+    for stream in (torch.cuda.current_stream(), *streams):
+        with torch.cuda.stream(stream):
+            x = torch.ones(64, 64, device="cuda", requires_grad=True)
+            torch.autograd.backward((x @ x).sum())
+    torch.cuda.synchronize()
 
 
 def peak_bytes_on_cpu(case: Case, *, threads: int, limit_gb: float | None = None) -> int | None:
