@@ -171,8 +171,8 @@ def seconds_in_turns(
     """Return the seconds of each pass; all take turns, so that a busy moment hits all.
 
     A turn is as many passes as fill 50 ms, timed as a whole: by events on a GPU, by the clock
-    elsewhere. A pass that runs out of memory is left out of the answer. On a GPU, where turns hardly
-    differ, one that has run for 1.5 s is left alone after 3 turns.
+    elsewhere. A pass that runs out of memory is left out of the answer. On a GPU, where turns
+    hardly differ, one that has run for 1.5 s is left alone after 3 turns.
 
     Args:
         passes: what is run, by any key.
