@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from visionmamba.ops.cuda import driver, scan
 from visionmamba.ops.cuda.scan import (
     Direction,
-    gate_backward,
-    gate_forward,
+    bidirectional_backward,
+    bidirectional_forward,
+    mixer_scan_backward,
+    mixer_scan_forward,
     scan_backward,
     scan_forward,
 )
@@ -157,21 +158,6 @@ def test_the_batch_is_cut_where_the_states_would_fill_the_memory(monkeypatch):
     assert relative_error(cut.dA, whole.dA.double()) < 1e-6
 
 
-@pytest.mark.parametrize("channels", [5, 6, 8, 384])
-@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
-def test_gate_matches_float64(channels, dtype):
-    both = torch.randn(3, 37, 2 * channels, device="cuda").to(dtype)
-    a, z = both[..., :channels].contiguous(), both[..., channels:]
-    b, dy = (torch.randn(3, 37, channels, device="cuda").to(dtype) for _ in (0, 1))
-    leaves = [tensor.double().requires_grad_() for tensor in (a, b, z)]
-    expected = 0.5 * (leaves[0] + leaves[1]) * F.silu(leaves[2])
-    da, _, dz = torch.autograd.grad(expected, leaves, dy.double())
-    assert relative_error(gate_forward(a, b, z, 0.5), expected) < VALUE_TOLERANCE[dtype]
-    actual_da, actual_dz = gate_backward(dy, a, b, z, 0.5)
-    assert relative_error(actual_da, da) < VALUE_TOLERANCE[dtype]
-    assert relative_error(actual_dz, dz) < VALUE_TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize("shared_kib", [99, 163, 227])
 def test_gradients_on_less_shared_memory(shared_kib, monkeypatch):
     direction = make_direction((9, 384, 65))
@@ -183,6 +169,163 @@ def test_gradients_on_less_shared_memory(shared_kib, monkeypatch):
     (actual,), _ = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
     for name in NAMES:
         assert relative_error(getattr(actual, name), expected[name]) < GRADIENT_TOLERANCE, name
+
+
+MIXER_NAMES = ("du", "ddt_r", "dB", "dC", "ddt_weight", "ddt_bias", "dA", "dD")
+MIXER_SHAPES = [(1, 16, 1), (2, 32, 8), (2, 48, 31), (2, 48, 197), (1, 384, 1025), FEW, MANY]
+
+
+def make_mixer(shape, *, rank=12, dtype=torch.bfloat16, d_state=16, largest_step=1.0):
+    batch, channels, length = shape
+    generator = torch.Generator("cuda").manual_seed(length)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, device="cuda")
+
+    columns, width = -(-rank // 16) * 16, -(-(rank + 2 * d_state) // 8) * 8
+    projected = torch.zeros((2, batch, length, width), device="cuda")
+    projected[..., : rank + 2 * d_state] = normal(2, batch, length, rank + 2 * d_state)
+    dt_weight = torch.zeros((2, channels, columns), device="cuda")
+    dt_weight[..., :rank] = normal(2, channels, rank) * largest_step / rank**0.5
+    return {
+        "u": normal(2, batch, length, channels).to(dtype),
+        "projected": projected.to(dtype),
+        "dt_weight": dt_weight.to(dtype),
+        "dt_bias": normal(2, channels) - 4,
+        "A": -torch.rand((2, channels, d_state), generator=generator, device="cuda") * 8,
+        "D": normal(2, channels),
+    }
+
+
+def mixer_in_float64(given, i, rank):
+    one = {name: tensor[i].double() for name, tensor in given.items()}
+    d_state = one["A"].shape[1]
+    dt_r, B, C, _ = one["projected"].tensor_split((rank, rank + d_state, rank + 2 * d_state), -1)
+    dt = dt_r @ one["dt_weight"][:, :rank].T
+    return (one["u"], dt, one["A"], B, C, one["D"], None, one["dt_bias"], None, True)
+
+
+def mixer_values_in_float64(given, rank):
+    return torch.stack(
+        [selective_scan_chunked(*mixer_in_float64(given, i, rank), i == 1, None)[0] for i in (0, 1)]
+    )
+
+
+def mixer_gradients_in_float64(given, dscan, rank):
+    rows = []
+    for i in (0, 1):
+        arguments = mixer_in_float64(given, i, rank)
+        dx, ddt, dA, dB, dC, dD, _, ddt_bias, _ = selective_scan_backward_chunked(
+            dscan.double(), None, *arguments, i == 1
+        )
+        ddt_r = ddt @ given["dt_weight"][i, :, :rank].double()
+        ddt_weight = torch.einsum("ble,blr->er", ddt, given["projected"][i, ..., :rank].double())
+        rows.append((dx, ddt_r, dB, dC, ddt_weight, ddt_bias, dA, dD))
+    stacked = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
+    return dict(zip(MIXER_NAMES, stacked, strict=True))
+
+
+def mixer_gradients(given, dscan, rank):
+    du, dprojected, ddt_weight, ddt_bias, dA, dD = mixer_scan_backward(dscan, **given, rank=rank)
+    d_state = dA.shape[2]
+    ddt_r, dB, dC, padding = dprojected.tensor_split((rank, rank + d_state, rank + 2 * d_state), -1)
+    assert not padding.any()
+    found = (du, ddt_r, dB, dC, ddt_weight, ddt_bias, dA, dD)
+    return dict(zip(MIXER_NAMES, found, strict=True))
+
+
+@pytest.mark.parametrize("shape", MIXER_SHAPES, ids=str)
+def test_mixer_scans_match_float64(shape):
+    given = make_mixer(shape)
+    dscan = torch.randn_like(given["u"][0])
+    expected = mixer_values_in_float64(given, 12)
+    tolerance = VALUE_TOLERANCE[torch.bfloat16]
+    assert relative_error(mixer_scan_forward(**given, rank=12), expected) < tolerance
+    expected = mixer_gradients_in_float64(given, dscan, 12)
+    for name, actual in mixer_gradients(given, dscan, 12).items():
+        assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize(("rank", "d_state"), [(4, 16), (24, 16), (48, 16), (3, 16), (12, 8)])
+def test_mixer_scans_take_any_rank_and_state(rank, d_state):
+    given = make_mixer((2, 48, 197), rank=rank, d_state=d_state)
+    dscan = torch.randn_like(given["u"][0])
+    expected = mixer_values_in_float64(given, rank)
+    assert relative_error(mixer_scan_forward(**given, rank=rank), expected) < GRADIENT_TOLERANCE
+    expected = mixer_gradients_in_float64(given, dscan, rank)
+    for name, actual in mixer_gradients(given, dscan, rank).items():
+        assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
+
+
+def test_mixer_scans_in_float16():
+    given = make_mixer((2, 34, 197), dtype=torch.float16)
+    actual = mixer_scan_forward(**given, rank=12)
+    tolerance = VALUE_TOLERANCE[torch.float16]
+    assert relative_error(actual, mixer_values_in_float64(given, 12)) < tolerance
+
+
+@pytest.mark.parametrize("shape", [FEW, (1, 384, 1025), MANY, FULL], ids=str)
+def test_mixer_scans_write_over_their_input(shape):
+    given = make_mixer(shape)
+    expected = mixer_scan_forward(**given, rank=12)
+    actual = mixer_scan_forward(**given, rank=12, out=given["u"])
+    assert actual is given["u"]
+    assert torch.equal(actual, expected)
+
+
+def test_mixer_scans_with_huge_steps_stay_finite_and_right():
+    given = make_mixer((2, 48, 197), largest_step=40.0)
+    dscan = torch.randn_like(given["u"][0])
+    expected = mixer_values_in_float64(given, 12)
+    tolerance = VALUE_TOLERANCE[torch.bfloat16]
+    assert relative_error(mixer_scan_forward(**given, rank=12), expected) < tolerance
+    expected = mixer_gradients_in_float64(given, dscan, 12)
+    for name, actual in mixer_gradients(given, dscan, 12).items():
+        assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_mixer_backward_in_parts_of_the_batch(monkeypatch, deterministic):
+    torch.use_deterministic_algorithms(deterministic)
+    given = make_mixer((5, 32, 40))
+    dscan = torch.randn_like(given["u"][0])
+    expected = mixer_gradients_in_float64(given, dscan, 12)
+    monkeypatch.setattr(scan, "_SCRATCH_BYTES", 1 << 16)
+    for name, actual in mixer_gradients(given, dscan, 12).items():
+        assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 40), (24, 768, 40)], ids=str)
+def test_mixer_gradients_have_equal_bits_where_asked(shape):
+    given = make_mixer(shape)
+    dscan = torch.randn_like(given["u"][0])
+    first, second = (mixer_gradients(given, dscan, 12) for _ in (0, 1))
+    for name in MIXER_NAMES:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_steps_inside_the_bidirectional_scans_equal_steps_before_them(monkeypatch):
+    given = make_mixer((2, 48, 197))
+    pairs = [
+        (given["u"][0], given["u"][1]),
+        (given["projected"][0, ..., :44], given["projected"][1, ..., :44]),
+        (given["dt_weight"][0, :, :12].float(), given["dt_weight"][1, :, :12].float()),
+        *((given[name][0], given[name][1]) for name in ("dt_bias", "A", "D")),
+    ]
+    states = torch.randn((4, 2, 48, 16), device="cuda")
+    dscan = torch.randn_like(given["u"][0])
+
+    def run():
+        values = bidirectional_forward(*pairs, (states[0], states[1]))
+        gradients = bidirectional_backward(
+            dscan, (states[2], states[3]), *pairs, (states[0], states[1])
+        )
+        return [tensor for both in (values, gradients) for one in both for tensor in one]
+
+    inside = run()
+    monkeypatch.setattr(scan, "_takes_fused", lambda *_, **__: False)
+    for i, (actual, expected) in enumerate(zip(inside, run(), strict=True)):
+        assert relative_error(actual, expected.double()) < 2 * GRADIENT_TOLERANCE, i
 
 
 @pytest.mark.slow

@@ -23,21 +23,23 @@
 // Bytes a channel and token: forward 3 activations (x, dt, y); backward 5 (x, dt, dy, dx, ddt) and 8 of saved states.
 
 struct Direction {
-  const char *x, *dt, *B, *C, *dy;
+  // dt: the step sizes, or where they are a product the rows [dt_r | B | C | padding] that B and C point into
+  const char *x, *dt, *B, *C, *dy, *dt_weight;
   const float *A, *D, *dt_bias, *initial_state, *dlast_state;
   char *y, *dx, *ddt;
-  float *last_state, *dB, *dC, *dA, *dD, *ddt_bias, *dinitial_state;
+  float *last_state, *drows, *dA, *dD, *ddt_bias, *ddt_weight, *dinitial_state;
   i64 x_batch, dt_batch, B_batch, C_batch, dy_batch;  // strides in bytes
   int x_token, dt_token, B_token, C_token, dy_token, reverse;
 };
 
 struct Problem {
   Direction direction[2];
-  float4 *states;  // entering every group of 8 tokens, [sequence tile][group][2][lane]; for the backward
-  float4 *carry;   // end state of every chunk from zero, [sequence tile][chunk][2][lane]
+  uint4 *states;  // entering every group of 8 tokens in bfloat16, [sequence tile][group][lane]; for the backward
+  float4 *carry;  // end state of every chunk from zero, [sequence tile][chunk][2][lane]
   float2 *carry_dt;
   int batch, length, channels, num_directions, chunk_length, num_chunks;
-  i64 partial_stride;  // floats between the channel tiles' partial dB and dC; 0: they are added with atomics
+  int rank, width;     // columns of dt_r, and of a row [dt_r | B | C | padding] and its gradient
+  i64 partial_stride;  // floats between the channel tiles' gradients of the rows; 0: all sums are added with atomics
 };
 
 constexpr int WARPS = 4;      // of a ring
@@ -56,6 +58,22 @@ __device__ __forceinline__ void mma_k8(float (&d)[4], const u32 (&h)[4], u32 b0,
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(h[0]), "r"(h[2]), "r"(h[1]), "r"(h[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_k16(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_k16(Fp16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_k16(Fp32, float (&)[4], const u32 (&)[4], u32, u32) {}  // float32 has its dt given
+__device__ __forceinline__ void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b0));
 }
 __device__ __forceinline__ void clear(float (&v)[4]) {
 #pragma unroll
@@ -91,6 +109,14 @@ struct Tile {
   __device__ __forceinline__ void store(float4 *p, int lane) const {
     p[lane] = make_float4(v[0][0], v[0][1], v[0][2], v[0][3]);
     p[32 + lane] = make_float4(v[1][0], v[1][1], v[1][2], v[1][3]);
+  }
+  __device__ __forceinline__ uint4 packed() const {  // in bfloat16: block 0 of both channels, then block 1
+    return make_uint4(pack_bf16(v[0][0], v[0][1]), pack_bf16(v[0][2], v[0][3]), pack_bf16(v[1][0], v[1][1]),
+                      pack_bf16(v[1][2], v[1][3]));
+  }
+  __device__ __forceinline__ void unpack(uint4 r) {
+    v[0][0] = Bf16::first(r.x), v[0][1] = Bf16::second(r.x), v[0][2] = Bf16::first(r.y), v[0][3] = Bf16::second(r.y);
+    v[1][0] = Bf16::first(r.z), v[1][1] = Bf16::second(r.z), v[1][2] = Bf16::first(r.w), v[1][3] = Bf16::second(r.w);
   }
   // rows of 16 states, one a channel
   __device__ __forceinline__ void load_rows(const float *p, int t, bool valid, float scale) {
@@ -130,15 +156,33 @@ struct Place {
   }
 };
 
-template <class T>
+// The weights of the step sizes of a tile as left operands, 16 columns of dt_r each; RANK of them, none where dt is given.
+// The row of channel 2g is g, that of 2g+1 is g+8; lane t holds columns 4t .. 4t+3.
+template <int RANK>
+struct StepWeights {
+  u32 v[RANK > 0 ? RANK : 1][4];
+  __device__ __forceinline__ void load(const Direction &d, const Place &at, const Lane &l) {
+#pragma unroll
+    for (int s = 0; s < RANK; s++) {
+      const uint2 *const row = (const uint2 *)(d.dt_weight + ((i64)at.channel * RANK + s) * 32) + l.t;
+      const uint2 none = make_uint2(0u, 0u), a = at.valid ? row[0] : none, b = at.valid ? row[4 * RANK] : none;
+      v[s][0] = a.x, v[s][1] = b.x, v[s][2] = a.y, v[s][3] = b.y;
+    }
+  }
+};
+
+// What a group of 8 tokens reads.
+template <class T, int RANK>
 struct Raw {
-  typename T::Pair x[2], dt[2], B[2], C[2];
+  typename T::Pair x[2], B[2], C[2], dt[2];  // of tokens t, t + 4; C of the token of this lane's column
+  uint2 dt_r[RANK > 0 ? RANK : 1];           // instead of dt, also of the column
 };
 
 // Walks a sequence of (x, dt, B, C) group by group, from one end or the other. BRANCH: whole groups are loaded without
 // predicates, which pays where the warp is the bottleneck (see docs/log.md).
-template <class T, int STEP, bool BRANCH>
+template <class T, int RANK, int STEP, bool BRANCH>
 struct Walk {
+  typedef typename T::Pair P;
   const char *x, *dt, *B, *C;
   int sx, sdt, sB, sC;
   __device__ __forceinline__ Walk(const Problem &p, const Direction &d, const Place &at, const Lane &l, int position) {
@@ -147,28 +191,35 @@ struct Walk {
     sx = sign * d.x_token, sdt = sign * d.dt_token, sB = sign * d.B_token, sC = sign * d.C_token;
     const int pair = at.channel / 2 * T::PAIR_BYTES;
     x = d.x + at.batch * d.x_batch + first * d.x_token + l.t * sx + pair;
-    dt = d.dt + at.batch * d.dt_batch + first * d.dt_token + l.t * sdt + pair;
+    dt = d.dt + at.batch * d.dt_batch + first * d.dt_token + (RANK ? l.column * sdt + 8 * l.t : l.t * sdt + pair);
     B = d.B + at.batch * d.B_batch + first * d.B_token + l.t * sB + l.g * T::PAIR_BYTES;
     C = d.C + at.batch * d.C_batch + first * d.C_token + l.column * sC + 2 * l.t * T::PAIR_BYTES;
   }
   // valid: this lane's channels exist; whole: those of all lanes do
-  __device__ __forceinline__ void load(Raw<T> &r, int left, const Lane &l, bool valid, bool whole) {
-    typedef typename T::Pair P;
+  __device__ __forceinline__ void load(Raw<T, RANK> &r, int left, const Lane &l, bool valid, bool whole) {
     if (BRANCH && left >= 8 && whole) {
 #pragma unroll
       for (int q = 0; q < 2; q++) {
-        r.x[q] = load_pair<P>(x + 4 * q * sx), r.dt[q] = load_pair<P>(dt + 4 * q * sdt);
-        r.B[q] = load_pair<P>(B + 4 * q * sB), r.C[q] = load_pair<P>(C + q * T::PAIR_BYTES);
+        r.x[q] = *(const P *)(x + 4 * q * sx), r.B[q] = load_pair<P>(B + 4 * q * sB);
+        r.C[q] = load_pair<P>(C + q * T::PAIR_BYTES);
+        if (RANK == 0) r.dt[q] = load_pair<P>(dt + 4 * q * sdt);
       }
+#pragma unroll
+      for (int s = 0; s < RANK; s++) r.dt_r[s] = __ldg((const uint2 *)(dt + 32 * s));
     } else if (!BRANCH || left > 0) {
 #pragma unroll
       for (int q = 0; q < 2; q++) {
         const bool here = l.t + 4 * q < left;
         r.x[q] = r.B[q] = r.C[q] = T::pack(0.f, 0.f), r.dt[q] = T::no_step();
-        load_pair(r.x[q], x + 4 * q * sx, here && valid);
-        load_pair(r.dt[q], dt + 4 * q * sdt, here && valid);
+        if (here && valid) r.x[q] = *(const P *)(x + 4 * q * sx);
+        if (RANK == 0) load_pair(r.dt[q], dt + 4 * q * sdt, here && valid);
         load_pair(r.B[q], B + 4 * q * sB, here);
         load_pair(r.C[q], C + q * T::PAIR_BYTES, l.column < left);
+      }
+#pragma unroll
+      for (int s = 0; s < RANK; s++) {
+        r.dt_r[s] = make_uint2(0u, 0u);
+        if (l.column < left) r.dt_r[s] = __ldg((const uint2 *)(dt + 32 * s));
       }
     }
     x += 8 * STEP * sx, dt += 8 * STEP * sdt, B += 8 * STEP * sB, C += 8 * STEP * sC;
@@ -182,17 +233,23 @@ __device__ __forceinline__ float rounded(float x) {
 }
 
 // A group of 8 tokens, ready for the recurrence.
-template <class T, bool SOFTPLUS>
+template <class T, int RANK, bool SOFTPLUS>
 struct Group {
   float dt[2][2], dtx[2][2], B[2][2], C[2][2];  // [half of the tokens][channel], [half][n-block], [n-block][k]
   typename T::Pair x[2];
   template <bool MASKED = false>
-  __device__ __forceinline__ void prepare(const Raw<T> &r, float2 bias, int left, const Lane &l) {
+  __device__ __forceinline__ void prepare(const Raw<T, RANK> &r, const StepWeights<RANK> &weights, float2 bias, int left,
+                                          const Lane &l) {
+    float product[4];  // channels 2g, 2g+1 of the tokens t and t + 4: one product gives the lane what it needs
+    clear(product);
+#pragma unroll
+    for (int s = 0; s < RANK; s++) mma_k16(T(), product, weights.v[s], r.dt_r[s].x, r.dt_r[s].y);
 #pragma unroll
     for (int q = 0; q < 2; q++) {
-      float a = fmaf(T::first(r.dt[q]), LOG2E, bias.x), b = fmaf(T::second(r.dt[q]), LOG2E, bias.y);
+      float a = fmaf(RANK ? product[q] : T::first(r.dt[q]), LOG2E, bias.x);
+      float b = fmaf(RANK ? product[2 + q] : T::second(r.dt[q]), LOG2E, bias.y);
       if (SOFTPLUS) a = softplus<T::EXACT>(a), b = softplus<T::EXACT>(b);
-      if (!SOFTPLUS || MASKED) {  // a step of 0 leaves the state as it is
+      if (RANK || !SOFTPLUS || MASKED) {  // a step of 0 leaves the state as it is
         const bool here = l.t + 4 * q < left;
         a = here ? a : 0.f, b = here ? b : 0.f;
       }
@@ -260,12 +317,15 @@ __device__ __forceinline__ float2 pair_of(const float *p, int channel, bool vali
 __device__ __forceinline__ void wait_for(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void hand_to(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
 
-// y of every sequence, one ring a chunk; also its last state and the states that the backward needs.
-template <class T, bool SOFTPLUS, bool STATES>
+// Number of this thread's warp, known to be the same in all its lanes.
+__device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(threadIdx.x >> 5), 0); }
+
+// One ring a chunk of every sequence: y and the last state, or the states that the backward needs, or both.
+template <class T, int RANK, bool SOFTPLUS, bool Y, bool STATES>
 __device__ __forceinline__ void scan_forward(const Problem &p) {
   __shared__ float4 slots[MAX_RINGS * WARPS][64];
   const Lane l;
-  const int ring = threadIdx.x / (32 * WARPS), w = (threadIdx.x >> 5) % WARPS, next = w + 1 == WARPS ? 0 : w + 1;
+  const int warp = warp_of_block(), ring = warp / WARPS, w = warp % WARPS, next = w + 1 == WARPS ? 0 : w + 1;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + ring;
   const i64 tile = unit / p.num_chunks;
   const int chunk = (int)(unit - tile * p.num_chunks);
@@ -275,22 +335,24 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   float4(*slot)[64] = slots + ring * WARPS;
   const int barrier = 1 + ring * WARPS;
   const int start = chunk * p.chunk_length, length = min(p.length - start, p.chunk_length);
-  Walk<T, WARPS, false> walk(p, d, at, l, start + 8 * w);
+  Walk<T, RANK, WARPS, false> walk(p, d, at, l, start + 8 * w);
   const int sy = (d.reverse ? -1 : 1) * p.channels * (T::PAIR_BYTES / 2);
   char *y = d.y + ((i64)at.batch * p.length + (d.reverse ? p.length - 1 : 0)) * p.channels * (T::PAIR_BYTES / 2) +
             (i64)(start + 8 * w + l.t) * sy + at.channel / 2 * T::PAIR_BYTES;
   Tile A;
   A.load_rows(d.A + (i64)at.channel * 16, l.t, at.valid, 1.f);
   const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E), D = pair_of(d.D, at.channel, at.valid, 1.f);
-  float4 *states = p.states + (tile * (i64)((p.length + 7) / 8) + start / 8 + w) * 64;
-  Raw<T> raw;
+  StepWeights<RANK> weights;
+  weights.load(d, at, l);
+  uint4 *states = p.states + (tile * (i64)((p.length + 7) / 8) + start / 8 + w) * 32 + l.lane;
+  Raw<T, RANK> raw;
   walk.load(raw, length - 8 * w, l, at.valid, at.whole);
   Tile h;
   if (w == 0) {  // the state entering the chunk: that entering the sequence, carried through the chunks before
     h.clear_all();
     if (d.initial_state != nullptr)
       h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
-    if (chunk > 0) wait_for_kernel_before();
+    wait_for_kernel_before();  // it makes the carry, and reads the x that y may replace
 #pragma unroll 4
     for (int c = 0; c < chunk; c++) {
       Tile end;
@@ -304,20 +366,27 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     }
     h.store(slot[0], l.lane);
   }
+  const bool always = p.chunk_length > 0;
+  float a[8][2][4];
+#pragma unroll
+  for (int k = 0; k < 8; k++) clear(a[k][0]), clear(a[k][1]);
   bool first = w == 0;
   int left = length - 8 * w;
 #pragma unroll 1
   for (; left > 0; left -= 8 * WARPS) {
-    Group<T, SOFTPLUS> group;
-    group.prepare(raw, bias, left, l);
+    Group<T, RANK, SOFTPLUS> group;
+    group.prepare(raw, weights, bias, left, l);
     walk.load(raw, left - 8 * WARPS, l, at.valid, at.whole);
-    float a[8][2][4], kept[2][2];
+    float kept[2][2];
+    // the decays are made before the turn: a branch (always is 1) keeps the compiler from making some in the turn
+    if (always) {
 #pragma unroll
-    for (int k = 0; k < 8; k++) group.decays(a[k], A, k);
+      for (int k = 0; k < 8; k++) group.decays(a[k], A, k);
+    }
     if (!first) wait_for(barrier + w);
     first = false;
     h.load(slot[w], l.lane);
-    if (STATES) h.store(states, l.lane), states += WARPS * 64;
+    if (STATES) *states = h.packed(), states += WARPS * 32;
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       float u[2][4];
@@ -329,23 +398,25 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     }
     h.store(slot[next], l.lane);
     if (left > 8) hand_to(barrier + next);
+    if (Y) {
 #pragma unroll
-    for (int k = 0; k < 8; k++) group.outputs(kept, a[k], k, l.t == (k & 3));
-    group.write(y, sy, kept, D, left, l, at.valid);
-    y += 8 * WARPS * sy;
+      for (int k = 0; k < 8; k++) group.outputs(kept, a[k], k, l.t == (k & 3));
+      group.write(y, sy, kept, D, left, l, at.valid);
+      y += 8 * WARPS * sy;
+    }
   }
   left += 8 * WARPS;  // of this warp's last group
   if (left > 0 && left <= 8 && start + length == p.length && d.last_state != nullptr && at.valid)
     h.store_rows(d.last_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, LN2);
 }
 
-// y of every sequence, one warp a sequence tile: for many sequences.
-template <class T, bool SOFTPLUS, bool STATES>
+// The same with one warp a sequence tile: for many sequences.
+template <class T, int RANK, bool SOFTPLUS, bool Y, bool STATES>
 __device__ __forceinline__ void scan_sequence(const Problem &p) {
   const Lane l;
   const Place at(p, blockIdx.x, l);
   const Direction &d = p.direction[at.direction];
-  Walk<T, 1, true> walk(p, d, at, l, 0);
+  Walk<T, RANK, 1, true> walk(p, d, at, l, 0);
   const int sy = (d.reverse ? -1 : 1) * p.channels * (T::PAIR_BYTES / 2);
   char *y = d.y + ((i64)at.batch * p.length + (d.reverse ? p.length - 1 : 0)) * p.channels * (T::PAIR_BYTES / 2) + l.t * sy +
             at.channel / 2 * T::PAIR_BYTES;
@@ -355,15 +426,17 @@ __device__ __forceinline__ void scan_sequence(const Problem &p) {
   if (d.initial_state != nullptr)
     h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
   const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E), D = pair_of(d.D, at.channel, at.valid, 1.f);
-  Raw<T> raw;
+  StepWeights<RANK> weights;
+  weights.load(d, at, l);
+  Raw<T, RANK> raw;
   walk.load(raw, p.length, l, at.valid, at.whole);
-  float4 *states = p.states + at.tile * ((p.length + 7) / 8) * 64;
+  uint4 *states = p.states + at.tile * ((p.length + 7) / 8) * 32 + l.lane;
 #pragma unroll 1
   for (int left = p.length; left > 0; left -= 8) {
-    Group<T, SOFTPLUS> group;
-    group.prepare(raw, bias, left, l);
+    Group<T, RANK, SOFTPLUS> group;
+    group.prepare(raw, weights, bias, left, l);
     walk.load(raw, left - 8, l, at.valid, at.whole);
-    if (STATES) h.store(states, l.lane), states += 64;
+    if (STATES) *states = h.packed(), states += 32;
     float kept[2][2];
 #pragma unroll
     for (int k = 0; k < 8; k++) {
@@ -374,23 +447,22 @@ __device__ __forceinline__ void scan_sequence(const Problem &p) {
       for (int e = 0; e < 2; e++)
 #pragma unroll
         for (int i = 0; i < 4; i++) h.v[e][i] = fmaf(a[e][i], h.v[e][i], u[e][i]);
-      group.outputs(kept, h.v, k, l.t == (k & 3));
+      if (Y) group.outputs(kept, h.v, k, l.t == (k & 3));
     }
-    group.write(y, sy, kept, D, left, l, at.valid);
-    y += 8 * sy;
+    if (Y) group.write(y, sy, kept, D, left, l, at.valid), y += 8 * sy;
   }
   if (d.last_state != nullptr && at.valid)
     h.store_rows(d.last_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, LN2);
 }
 
 // End state from zero and sum of dt of every chunk but the last of a sequence: PARTS warps take a part each.
-template <class T, bool SOFTPLUS>
+template <class T, int RANK, bool SOFTPLUS>
 __device__ __forceinline__ void scan_chunks(const Problem &p) {
   __shared__ float4 ends[MAX_RINGS * PARTS][64];
   __shared__ float2 sums[MAX_RINGS * PARTS][32];
   const Lane l;
   let_next_kernel_start();
-  const int warp = threadIdx.x >> 5, ring = warp / PARTS, w = warp % PARTS;
+  const int warp = warp_of_block(), ring = warp / PARTS, w = warp % PARTS;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * PARTS)) + ring;
   const i64 tile = unit / (p.num_chunks - 1);
   const int chunk = (int)(unit - tile * (p.num_chunks - 1));
@@ -404,13 +476,15 @@ __device__ __forceinline__ void scan_chunks(const Problem &p) {
   if (exists) {
     A.load_rows(d.A + (i64)at.channel * 16, l.t, at.valid, 1.f);
     const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E);
-    Walk<T, 1, true> walk(p, d, at, l, chunk * p.chunk_length + w * part);
-    Raw<T> raw;
+    StepWeights<RANK> weights;
+    weights.load(d, at, l);
+    Walk<T, RANK, 1, true> walk(p, d, at, l, chunk * p.chunk_length + w * part);
+    Raw<T, RANK> raw;
     walk.load(raw, part, l, at.valid, at.whole);
 #pragma unroll 1
     for (int left = part; left > 0; left -= 8) {
-      Group<T, SOFTPLUS> group;
-      group.prepare(raw, bias, left, l);
+      Group<T, RANK, SOFTPLUS> group;
+      group.prepare(raw, weights, bias, left, l);
       walk.load(raw, left - 8, l, at.valid, at.whole);
       sum.x += group.dt[0][0] + group.dt[1][0], sum.y += group.dt[0][1] + group.dt[1][1];
 #pragma unroll
@@ -453,346 +527,383 @@ __device__ __forceinline__ u32 transposed(u32 a) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(a));
   return r;
 }
-__device__ __forceinline__ void add_rows(float *p, float a, float b, float c, float d) {
+// Adds a pair to its sum, which is this warp's own where sums must not depend on the order.
+__device__ __forceinline__ void add_pair(float *p, float a, float b) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+  asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" ::"l"(p), "f"(a), "f"(b) : "memory");
 #else
-  atomicAdd(p, a), atomicAdd(p + 1, b), atomicAdd(p + 2, c), atomicAdd(p + 3, d);
+  atomicAdd(p, a), atomicAdd(p + 1, b);
 #endif
 }
 
-// Sums over the tile's channels, a row of 16 states a token: weights (token, channel) times v (channel, state).
-struct ChannelSum {
-  float v[2][4];
-  u32 first, second;  // weights of token g: channels 4t, 4t+2 and 4t+1, 4t+3
-  __device__ __forceinline__ ChannelSum(uint2 weights) {
-    clear(v[0]), clear(v[1]);
-    first = low_halves(weights.x, weights.y), second = high_halves(weights.x, weights.y);
+// One column a token of a product whose columns are tokens; lane (g, t) keeps those of tokens t and t + 4.
+struct OwnColumns {
+  float v[2][2];  // [half of the tokens][row g, row g + 8]
+  __device__ __forceinline__ void keep(const float (&product)[4], int token, bool first, const Lane &l) {
+    const int q = token >> 2;
+    const bool take = first || l.t == (token & 3);
+    v[q][0] = take ? product[q] : v[q][0], v[q][1] = take ? product[2 + q] : v[q][1];
   }
-  __device__ __forceinline__ void add(const float (&h)[2][4], bool mine) {
-    const u32 a0 = mine ? first : 0u, a2 = mine ? second : 0u;
-#pragma unroll
-    for (int e = 0; e < 2; e++)
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
-          : "+f"(v[e][0]), "+f"(v[e][1]), "+f"(v[e][2]), "+f"(v[e][3])
-          : "r"(a0), "r"(0u), "r"(a2), "r"(transposed(pack_bf16(h[e][0], h[e][1]))),
-            "r"(transposed(pack_bf16(h[e][2], h[e][3]))));
-  }
-  __device__ __forceinline__ void write(float *p, bool atomic) const {
-    const float a = v[0][0] * LN2, b = v[1][0] * LN2, c = v[0][1] * LN2, d = v[1][1] * LN2;
-    if (atomic)
-      add_rows(p, a, b, c, d);
-    else
-      *(float4 *)p = make_float4(a, b, c, d);
+  // rows of two neighbours a lane, for tokens t and t + 4
+  __device__ __forceinline__ void add_rows(float *p, int four, int left, const Lane &l) const {
+    if (l.t < left) add_pair(p, v[0][0] * LN2, v[0][1] * LN2);
+    if (l.t + 4 < left) add_pair(p + four, v[1][0] * LN2, v[1][1] * LN2);
   }
 };
 
-// What a group's turn in the backward reads, fetched one turn ahead; rows of 16 channels or states, one a token.
+// Sums over the tile's channels of values (channel, state) times weights (channel, token), as two operands of tokens' columns.
+struct ChannelWeights {
+  u32 even, odd;  // channels 4t, 4t+2 and 4t+1, 4t+3 of the token of this lane's column
+  __device__ __forceinline__ void sum(float (&product)[4], const uint4 &v) const {
+    const u32 rows[4] = {transposed(v.x), transposed(v.z), transposed(v.y), transposed(v.w)};
+    clear(product);
+    mma_k16(Bf16(), product, rows, even, odd);
+  }
+};
+
+// What a group's turn in the backward reads, fetched one turn ahead: the state entering it, and a row a token of 16
+// channels of x, of dy and of dt where it is given, then [dt_r | B | C | padding].
+template <int RANK>
 struct Stage {
-  float4 state[64];
-  uint2 x[8][4], dt[8][4], dy[8][4], B[8][4], C[8][4];
-  __device__ __forceinline__ void fetch(const Problem &p, const Direction &d, const Place &at, const Lane &l, int group) {
-    const int left = p.length - 8 * group, channel = at.channel - 2 * l.g;
+  static constexpr int PIECES = 2 * RANK + 4;  // of 16 bytes, of [dt_r | B | C | padding]
+  static constexpr int DY = 32, DT = 64, ROWS = RANK ? 64 : 96, TOKEN = ROWS + 16 * PIECES + (RANK == 2 ? 16 : 0);  // bytes
+  uint4 state[32];
+  char token[8][TOKEN];
+};
+
+// Fetches the groups of a sequence from the last to the first, every STEP-th.
+template <int RANK, int STEP>
+struct Fetch {
+  typedef Stage<RANK> S;
+  const char *state, *activation, *row, *dt;
+  int activation_step, row_step, dt_step;
+  __device__ __forceinline__ Fetch(const Problem &p, const Direction &d, const Place &at, const Lane &l, int group) {
+    const int sign = d.reverse ? -1 : 1;
     const auto token = [&](int k) { return (i64)(d.reverse ? p.length - 1 - 8 * group - k : 8 * group + k); };
-    if (left > 0) {
-      const float4 *const from = p.states + (at.tile * ((p.length + 7) / 8) + group) * 64 + l.lane;
-      copy_async<16>(state + l.lane, from, true), copy_async<16>(state + 32 + l.lane, from + 32, true);
-    }
-    const int k = (l.lane & 15) >> 1, part = l.lane & 1, r = l.g;
-    const i64 ahead = token(k), row = token(r);
-    const bool second = l.lane >= 16;
-    const char *const from = second ? d.dt + at.batch * d.dt_batch + ahead * d.dt_token
-                                    : d.x + at.batch * d.x_batch + ahead * d.x_token;
-    copy_async<16>((second ? dt[k] : x[k]) + 2 * part, from + 2 * channel + 16 * part, k < left);
-    if (!second)
-      copy_async<16>(dy[k] + 2 * part, d.dy + at.batch * d.dy_batch + ahead * d.dy_token + 2 * channel + 16 * part,
-                     k < left);
-    copy_async<8>(B[r] + l.t, d.B + at.batch * d.B_batch + row * d.B_token + 8 * l.t, r < left);
-    copy_async<8>(C[r] + l.t, d.C + at.batch * d.C_batch + row * d.C_token + 8 * l.t, r < left);
+    const int k = (l.lane & 15) >> 1, bytes = 2 * (at.channel - 2 * l.g) + 16 * (l.lane & 1);
+    state = (const char *)(p.states + (at.tile * ((p.length + 7) / 8) + group) * 32 + l.lane);
+    activation = l.lane < 16 ? d.x + at.batch * d.x_batch + token(k) * d.x_token + bytes
+                             : d.dy + at.batch * d.dy_batch + token(k) * d.dy_token + bytes;
+    activation_step = -8 * STEP * sign * (l.lane < 16 ? d.x_token : d.dy_token);
+    row = d.B + at.batch * d.B_batch + token(l.g) * d.B_token - 2 * p.rank + 16 * l.t;
+    row_step = -8 * STEP * sign * d.B_token;
+    if (RANK == 0) dt = d.dt + at.batch * d.dt_batch + token(k) * d.dt_token + bytes, dt_step = -8 * STEP * sign * d.dt_token;
+  }
+  __device__ __forceinline__ void next(S &to, int left, int pieces, const Lane &l) {
+    const int k = (l.lane & 15) >> 1, part = 16 * (l.lane & 1);
+    copy_async<16>(to.state + l.lane, state, left > 0);
+    copy_async<16>(to.token[k] + 2 * (l.lane & 16) + part, activation, k < left);
+#pragma unroll
+    for (int i = 0; i < S::PIECES; i += 4)
+      if (l.t + i < pieces) copy_async<16>(to.token[l.g] + S::ROWS + 16 * (l.t + i), row + 16 * i, l.g < left);
+    if (RANK == 0 && l.lane < 16) copy_async<16>(to.token[k] + S::DT + part, dt, k < left);
+    if (RANK == 0) dt += dt_step;
+    state -= STEP * 512, activation += activation_step, row += row_step;
   }
 };
-__device__ __forceinline__ u32 pair_at(const uint2 (&row)[4], int g) { return ((const u32 *)row)[g]; }
 
-struct BackwardShared {
-  float4 slot[MAX_RINGS * WARPS][64];  // adjoint states on their way from warp to warp
-  struct {
-    Stage stage[2];
-    uint2 dtx[8][4];
-    float4 after[8][64];  // the states after each token of the turn
-  } warp[MAX_RINGS * WARPS];
+// Shared memory of a warp in the backward.
+template <int RANK>
+struct BackwardWarp {
+  Stage<RANK> stage[2];
+  float2 dt[8][8];       // of the turn's tokens and pairs of channels
+  float4 after[7][64];   // the states after each token of the turn but the last
+  uint4 weight[RANK ? RANK : 1][2][32];  // dt_weight as operands: of dt, and of the gradient of dt_r
 };
 
-// All gradients of one scan in bfloat16; channels come in whole tiles. The ring walks the groups backwards and hands the
-// adjoint state on; the states entering each group come from the forward, so nothing else waits.
-template <bool SOFTPLUS>
+// All gradients of one scan in bfloat16; channels come in whole tiles. The groups are walked backwards; the states entering
+// them come from the forward, so that only the adjoint state is handed on: from turn to turn of a ring, or, where there
+// are sequences enough for one warp each (RING false), not at all.
+template <int RANK, bool SOFTPLUS, bool RING>
 __device__ __forceinline__ void scan_backward(const Problem &p) {
   extern __shared__ float4 memory[];
-  BackwardShared &shared = *(BackwardShared *)memory;
   typedef Bf16 T;
+  typedef Stage<RANK> S;
+  constexpr int STEP = RING ? WARPS : 1, K_STEPS = RANK ? RANK : 1;
   const Lane l;
-  const int warp = threadIdx.x >> 5, ring = warp / WARPS, w = warp % WARPS, next = warp + (w == 0 ? WARPS - 1 : -1);
-  const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + ring;
-  const Place at(p, unit, l);
+  const int warp = RING ? warp_of_block() : 0, w = warp % STEP, next = warp + (w == 0 ? STEP - 1 : -1);
+  const Place at(p, RING ? (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + warp / WARPS : blockIdx.x, l);
   if (at.direction >= p.num_directions) return;
   const Direction &d = p.direction[at.direction];
+  float4(*const slot)[64] = (float4(*)[64])memory;  // adjoint states on their way from warp to warp
+  BackwardWarp<RANK> &mine = ((BackwardWarp<RANK> *)(memory + (RING ? 2 * blockDim.x : 0)))[warp];
   const int sign = d.reverse ? -1 : 1, end = d.reverse ? p.length - 1 : 0;
-  auto &mine = shared.warp[warp];
   Tile A, dA, G;
   A.load_rows(d.A + (i64)at.channel * 16, l.t, true, 1.f);
   dA.clear_all();
   float2 dD = make_float2(0.f, 0.f), dbias = dD;
+  float dweight[K_STEPS][2][4];
+#pragma unroll
+  for (int s = 0; s < RANK; s++) clear(dweight[s][0]), clear(dweight[s][1]);
+  if (RANK) {
+    StepWeights<RANK> weights;
+    weights.load(d, at, l);
+#pragma unroll
+    for (int s = 0; s < RANK; s++) {
+      const u32 *const from = (const u32 *)(d.dt_weight + ((i64)(at.channel - 2 * l.g + 4 * l.t) * RANK + s) * 32) + l.g;
+      const u32 a = from[0], b = from[8 * RANK], c = from[16 * RANK], e = from[24 * RANK];
+      mine.weight[s][0][l.lane] = make_uint4(weights.v[s][0], weights.v[s][1], weights.v[s][2], weights.v[s][3]);
+      mine.weight[s][1][l.lane] = make_uint4(low_halves(a, c), high_halves(a, c), low_halves(b, e), high_halves(b, e));
+    }
+  }
   const float2 bias = pair_of(d.dt_bias, at.channel, true, LOG2E), D = pair_of(d.D, at.channel, true, 1.f);
-  const int turns = (p.length + 8 * WARPS - 1) / (8 * WARPS);
-  mine.stage[(turns - 1) & 1].fetch(p, d, at, l, (turns - 1) * WARPS + w);
+  const int groups = (p.length + 7) / 8, last = RING ? (groups + WARPS - 1) / WARPS * WARPS - WARPS + w : groups - 1;
+  const int pieces = p.width / 8, B_at = S::ROWS + 2 * p.rank, C_at = B_at + 32;
+  const i64 first_row = (i64)at.batch * p.length + end + sign * (8 * last + l.t);
+  char *dx = d.dx + (first_row * p.channels + at.channel) * 2;
+  const i64 to_ddt = d.ddt - d.dx;
+  const int four_dx = 8 * sign * p.channels, four_row = 4 * sign * p.width;
+  float *drow = d.drows + at.channel / 16 * p.partial_stride + first_row * p.width + 2 * l.g;
+  Fetch<RANK, STEP> fetch(p, d, at, l, last);
+  fetch.next(mine.stage[0], p.length - 8 * last, pieces, l);
   asm volatile("cp.async.commit_group;");
+  if (!RING || (w == WARPS - 1)) {
+    G.clear_all();
+    if (d.dlast_state != nullptr)
+      G.load_rows(d.dlast_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, true, 1.f);
+  }
+  bool given = RING && w < WARPS - 1;  // whether the adjoint state comes from another warp
+  int buffer = 0;
 #pragma unroll 1
-  for (int turn = turns - 1; turn >= 0; turn--) {
-    const int position = (turn * WARPS + w) * 8, left = p.length - position;
-    if (turn > 0) mine.stage[(turn - 1) & 1].fetch(p, d, at, l, (turn - 1) * WARPS + w);
+  for (int group_number = last; group_number >= 0; group_number -= STEP) {
+    const int left = p.length - 8 * group_number;
+    const Stage<RANK> &stage = mine.stage[buffer];
+    buffer ^= 1;
+    if (group_number >= STEP) fetch.next(mine.stage[buffer], left + 8 * STEP, pieces, l);
     asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncwarp();
-    const Stage &stage = mine.stage[turn & 1];
-    Group<T, SOFTPLUS> group;
+    const char *const of_pair = stage.token[l.t] + 4 * l.g, *const of_column = stage.token[l.column] + 8 * l.t;
+    Group<T, RANK, SOFTPLUS> group;
     {
-      Raw<T> raw;
+      Raw<T, RANK> raw;
+      StepWeights<RANK> weights;
+#pragma unroll
+      for (int s = 0; s < RANK; s++) {
+        const uint4 v = mine.weight[s][0][l.lane];
+        weights.v[s][0] = v.x, weights.v[s][1] = v.y, weights.v[s][2] = v.z, weights.v[s][3] = v.w;
+        raw.dt_r[s] = *(const uint2 *)(of_column + S::ROWS + 32 * s);
+      }
 #pragma unroll
       for (int q = 0; q < 2; q++) {
-        const int k = l.t + 4 * q;
-        raw.x[q] = pair_at(stage.x[k], l.g), raw.dt[q] = pair_at(stage.dt[k], l.g), raw.B[q] = pair_at(stage.B[k], l.g);
-        raw.C[q] = 0;
+        const char *const pair = of_pair + 4 * q * S::TOKEN;
+        raw.x[q] = *(const u32 *)pair, raw.B[q] = *(const u32 *)(pair + B_at), raw.C[q] = 0;
+        raw.dt[q] = RANK ? 0 : *(const u32 *)(pair + S::DT);
       }
-      group.template prepare<true>(raw, bias, left, l);
+      group.template prepare<true>(raw, weights, bias, left, l);
     }
 #pragma unroll
-    for (int q = 0; q < 2; q++)
-      ((u32 *)mine.dtx[l.t + 4 * q])[l.g] = pack_bf16(group.dtx[q][0], group.dtx[q][1]);
-    const i64 row = ((i64)at.batch * p.length + end + sign * (position + l.g)) * 16 + 4 * l.t;
-    const i64 partial = at.channel / 16 * p.partial_stride;
+    for (int q = 0; q < 2; q++) mine.dt[l.t + 4 * q][l.g] = make_float2(group.dt[q][0], group.dt[q][1]);
+    __syncwarp();
     float a[8][2][4];
     {  // the states again, and the sums over channels that need them
       Tile h;
-      h.clear_all();
-      if (left > 0) h.load(stage.state, l.lane);
-      ChannelSum dC(stage.dy[l.g][l.t]);
+      h.unpack(stage.state[l.lane]);
+      const uint2 dy = *(const uint2 *)(of_column + S::DY);
+      const ChannelWeights weights = {low_halves(dy.x, dy.y), high_halves(dy.x, dy.y)};
+      OwnColumns dC;
 #pragma unroll
       for (int k = 0; k < 8; k++) {
-        float u[2][4];
-        group.decays(a[k], A, k);
+        float u[2][4], product[4];
+        const float2 dt = mine.dt[k][l.g];
         group.inputs(u, k, l.t == (k & 3));
 #pragma unroll
         for (int e = 0; e < 2; e++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) h.v[e][i] = fmaf(a[k][e][i], h.v[e][i], u[e][i]);
-        h.store(mine.after[k], l.lane);
-        dC.add(h.v, l.g == k);
-      }
-      if (l.g < left) dC.write(d.dC + partial + row, p.partial_stride == 0);
-    }
-    // the adjoint chain: a_k becomes a_k g_k
-    float gB[2][2];
-    {
-      float c[2][2];
-      u32 dy[2];
-#pragma unroll
-      for (int q = 0; q < 2; q++) {
-        const u32 pair = pair_at(stage.C[l.t + 4 * q], l.g);
-        c[q][0] = T::first(pair), c[q][1] = T::second(pair), dy[q] = pair_at(stage.dy[l.t + 4 * q], l.g);
-      }
-      const uint2 b = stage.B[l.column][l.t];
-      const u32 B[2][2] = {{bits(T::first(b.x)), bits(T::first(b.y))}, {bits(T::second(b.x)), bits(T::second(b.y))}};
-      ChannelSum dB(mine.dtx[l.g][l.t]);
-      if (w == WARPS - 1 && turn == turns - 1) {
-        G.clear_all();
-        if (d.dlast_state != nullptr)
-          G.load_rows(d.dlast_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, true, 1.f);
-      } else {
-        wait_for(1 + warp);
-        G.load(shared.slot[warp], l.lane);
-      }
-#pragma unroll
-      for (int k = 7; k >= 0; k--) {
-        const int q = k >> 2;
-        const bool own = l.t == (k & 3), take = own || (k & 3) == 3;
-        const u32 a0 = own ? bits(T::first(dy[q])) : 0u, a1 = own ? bits(T::second(dy[q])) : 0u;
-        float g[2][4], y[4];
-        clear(y);
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          clear(g[e]);
-          mma_k4(g[e], a0, a1, bits(c[q][e]));
-#pragma unroll
           for (int i = 0; i < 4; i++) {
-            g[e][i] += G.v[e][i];
-            a[k][e][i] = G.v[e][i] = g[e][i] * a[k][e][i];
+            a[k][e][i] = ex2((i < 2 ? dt.x : dt.y) * A.v[e][i]);
+            h.v[e][i] = fmaf(a[k][e][i], h.v[e][i], u[e][i]);
           }
-          const u32 all[4] = {bits(g[e][0]), bits(g[e][1]), bits(g[e][2]), bits(g[e][3])};
-          mma_k8(y, all, B[e][0], B[e][1]);
-        }
-        dB.add(g, l.g == k);
-        gB[q][0] = take ? y[q] : gB[q][0], gB[q][1] = take ? y[2 + q] : gB[q][1];
+        if (k < 7) h.store(mine.after[k], l.lane);
+        weights.sum(product, h.packed());
+        dC.keep(product, k, (k & 3) == 0, l);
       }
-      if (w > 0 || turn > 0) {
-        G.store(shared.slot[next], l.lane);
-        hand_to(1 + next);
-      } else if (d.dinitial_state != nullptr) {
-        G.store_rows(d.dinitial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, 1.f);
-      }
-      if (l.g < left) dB.write(d.dB + partial + row, p.partial_stride == 0);
+      dC.add_rows(drow + p.rank + 16, four_row, left, l);
     }
-    // what A and dt get, off the chain
-    float qA[2][2];
-#pragma unroll
-    for (int k = 7; k >= 0; k--) {
-      const int q = k >> 2, j = k & 3;
-      const bool take = l.t == j || j == 3;
+    // what A and dt get: off the chain where others wait for it
+    OwnColumns qA;
+    const auto of_A_and_dt = [&](int k) {
       Tile before;
       if (k > 0)
-        before.load(mine.after[k - 1], l.lane);
-      else if (left > 0)
-        before.load(stage.state, l.lane);
+        before.load(mine.after[k > 0 ? k - 1 : 0], l.lane);
       else
-        before.clear_all();
-      const float d0 = __shfl_sync(~0u, group.dt[q][0], j, 4), d1 = __shfl_sync(~0u, group.dt[q][1], j, 4);
+        before.unpack(stage.state[l.lane]);
+      const float2 dt = mine.dt[k][l.g];
       float r0 = 0.f, r1 = 0.f, sums[4];
-      clear(sums);
 #pragma unroll
       for (int e = 0; e < 2; e++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const float product = a[k][e][i] * before.v[e][i];
-          dA.v[e][i] = fmaf(i < 2 ? d0 : d1, product, dA.v[e][i]);
+          dA.v[e][i] = fmaf(i < 2 ? dt.x : dt.y, product, dA.v[e][i]);
           if (i < 2)
             r0 = fmaf(A.v[e][i], product, r0);
           else
             r1 = fmaf(A.v[e][i], product, r1);
         }
+      clear(sums);
       mma_k4(sums, bits(r0), bits(r1), bits(1.f));
-      qA[q][0] = take ? sums[0] : qA[q][0], qA[q][1] = take ? sums[2] : qA[q][1];
+      qA.keep(sums, k, (k & 3) == 3, l);
+    };
+    // the adjoint chain: a_k becomes a_k g_k
+    OwnColumns gB;
+    {
+      float c[2][2];
+      u32 dy[2];
+#pragma unroll
+      for (int q = 0; q < 2; q++) {
+        const char *const pair = of_pair + 4 * q * S::TOKEN;
+        const u32 C = *(const u32 *)(pair + C_at);
+        c[q][0] = T::first(C), c[q][1] = T::second(C), dy[q] = *(const u32 *)(pair + S::DY);
+      }
+      const uint2 b = *(const uint2 *)(of_column + B_at);
+      const u32 B[2] = {low_halves(b.x, b.y), high_halves(b.x, b.y)};
+      const ChannelWeights weights = {transposed(pack_bf16(group.dtx[0][0], group.dtx[1][0])),
+                                      transposed(pack_bf16(group.dtx[0][1], group.dtx[1][1]))};
+      OwnColumns dB;
+      if (given) {
+        wait_for(1 + warp);
+        G.load(slot[warp], l.lane);
+      }
+      given = RING;
+#pragma unroll
+      for (int k = 7; k >= 0; k--) {
+        const int q = k >> 2;
+        const bool own = l.t == (k & 3);
+        const u32 a0 = own ? bits(T::first(dy[q])) : 0u, a1 = own ? bits(T::second(dy[q])) : 0u;
+        float product[4];
+        mma_k4(G.v[0], a0, a1, bits(c[q][0])), mma_k4(G.v[1], a0, a1, bits(c[q][1]));
+        const uint4 g = G.packed();
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) a[k][e][i] = G.v[e][i] = G.v[e][i] * a[k][e][i];
+        const u32 rows[4] = {g.x, g.y, g.z, g.w};
+        clear(product);
+        mma_k16(T(), product, rows, B[0], B[1]);
+        gB.keep(product, k, (k & 3) == 3, l);
+        weights.sum(product, g);
+        dB.keep(product, k, (k & 3) == 3, l);
+        if (!RING) of_A_and_dt(k);
+      }
+      if (RING && group_number > 0) {
+        G.store(slot[next], l.lane);
+        hand_to(1 + next);
+      }
+      dB.add_rows(drow + p.rank, four_row, left, l);
     }
-    char *const out = d.dx + (((i64)at.batch * p.length + end + sign * (position + l.t)) * p.channels + at.channel) * 2;
-    const i64 to_ddt = d.ddt - d.dx;
-    const int four = 8 * sign * p.channels;
+    if (RING) {
+#pragma unroll
+      for (int k = 7; k >= 0; k--) of_A_and_dt(k);
+    }
+    float e[2][2];
 #pragma unroll
     for (int q = 0; q < 2; q++) {
-      const u32 x = pair_at(stage.x[l.t + 4 * q], l.g), dy = pair_at(stage.dy[l.t + 4 * q], l.g);
+      const u32 x = group.x[q], dy = *(const u32 *)(of_pair + 4 * q * S::TOKEN + S::DY);
       const float x0 = T::first(x), x1 = T::second(x), y0 = T::first(dy), y1 = T::second(dy);
-      const float g0 = gB[q][0] * TRUNCATION, g1 = gB[q][1] * TRUNCATION;
-      float e0 = fmaf(x0, g0, LN2 * TRUNCATION * qA[q][0]), e1 = fmaf(x1, g1, LN2 * TRUNCATION * qA[q][1]);
-      if (SOFTPLUS) e0 *= 1.f - ex2(-group.dt[q][0]), e1 *= 1.f - ex2(-group.dt[q][1]);
+      e[q][0] = fmaf(x0, gB.v[q][0], LN2 * TRUNCATION * qA.v[q][0]);
+      e[q][1] = fmaf(x1, gB.v[q][1], LN2 * TRUNCATION * qA.v[q][1]);
+      if (SOFTPLUS) e[q][0] *= 1.f - ex2(-group.dt[q][0]), e[q][1] *= 1.f - ex2(-group.dt[q][1]);
+      dD.x = fmaf(x0, y0, dD.x), dD.y = fmaf(x1, y1, dD.y);
       if (l.t + 4 * q < left) {
-        dbias.x += e0, dbias.y += e1, dD.x = fmaf(x0, y0, dD.x), dD.y = fmaf(x1, y1, dD.y);
-        *(u32 *)(out + q * four) =
-            pack_bf16(fmaf(D.x, y0, LN2 * group.dt[q][0] * g0), fmaf(D.y, y1, LN2 * group.dt[q][1] * g1));
-        *(u32 *)(out + q * four + to_ddt) = pack_bf16(e0, e1);
+        dbias.x += e[q][0], dbias.y += e[q][1];
+        *(u32 *)(dx + q * four_dx) =
+            pack_bf16(fmaf(D.x, y0, LN2 * group.dt[q][0] * gB.v[q][0]), fmaf(D.y, y1, LN2 * group.dt[q][1] * gB.v[q][1]));
+        if (RANK == 0) *(u32 *)(dx + q * four_dx + to_ddt) = pack_bf16(e[q][0], e[q][1]);
       }
     }
+    if (RANK) {  // the steps' gradient times the weights, and times dt_r
+      const u32 even = pack_bf16(e[0][0], e[1][0]), odd = pack_bf16(e[0][1], e[1][1]);
+      const u32 even_rows = transposed(even), odd_rows = transposed(odd);
+#pragma unroll
+      for (int s = 0; s < RANK; s++) {
+        const uint4 v = mine.weight[s][1][l.lane];
+        const u32 rows[4] = {v.x, v.y, v.z, v.w};
+        float product[4];
+        clear(product);
+        mma_k16(T(), product, rows, even_rows, odd_rows);
+        const bool exists = 16 * s + 2 * l.g < p.rank;
+        if (exists && l.t < left) add_pair(drow + 16 * s, product[0], product[2]);
+        if (exists && l.t + 4 < left) add_pair(drow + four_row + 16 * s, product[1], product[3]);
+        u32 dt_r[2];
+        const int r = l.lane & 7;
+        const u32 from = (u32)__cvta_generic_to_shared(stage.token[(r >> 1) + 4 * (r & 1)] + S::ROWS + 32 * s + 2 * (l.lane & 8));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(dt_r[0]), "=r"(dt_r[1]) : "r"(from));
+        mma_k8(dweight[s][0], even, odd, dt_r[0]), mma_k8(dweight[s][1], even, odd, dt_r[1]);
+      }
+    }
+    dx -= 2 * STEP * four_dx, drow -= 2 * STEP * four_row;
     __syncwarp();
   }
-  // one partial a warp, summed by the caller
-  const i64 partial = ((i64)at.batch * WARPS + w) * p.channels + at.channel;
+  if (w == 0 && d.dinitial_state != nullptr)
+    G.store_rows(d.dinitial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, 1.f);
+  // parameters: sums, or one part a warp for the caller to sum
 #pragma unroll
   for (int o = 1; o < 4; o *= 2) {
     dbias.x += __shfl_xor_sync(~0u, dbias.x, o), dbias.y += __shfl_xor_sync(~0u, dbias.y, o);
     dD.x += __shfl_xor_sync(~0u, dD.x, o), dD.y += __shfl_xor_sync(~0u, dD.y, o);
   }
-  dA.store_rows(d.dA + partial * 16, l.t, LN2 * LN2);
-  if (l.t == 0) *(float2 *)(d.ddt_bias + partial) = dbias, *(float2 *)(d.dD + partial) = dD;
+  const i64 part = (p.partial_stride == 0 ? 0 : ((i64)at.batch * STEP + w) * p.channels) + at.channel;
+#pragma unroll
+  for (int c = 0; c < 2; c++) {
+    float *const to = d.dA + (part + c) * 16 + 4 * l.t;
+    add_pair(to, dA.v[0][2 * c] * (LN2 * LN2), dA.v[1][2 * c] * (LN2 * LN2));
+    add_pair(to + 2, dA.v[0][2 * c + 1] * (LN2 * LN2), dA.v[1][2 * c + 1] * (LN2 * LN2));
+#pragma unroll
+    for (int s = 0; s < RANK; s++)
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+        add_pair(d.ddt_weight + (part + c) * (16 * RANK) + 16 * s + 8 * j + 2 * l.t, dweight[s][j][2 * c],
+             dweight[s][j][2 * c + 1]);
+  }
+  if (l.t == 0) add_pair(d.ddt_bias + part, dbias.x, dbias.y), add_pair(d.dD + part, dD.x, dD.y);
 }
 
-// The gate behind the scans: out = scale (a + b) silu(z), and what it hands back.
-struct Gate {
-  const char *a, *b, *z, *dy;  // a and b contiguous, b may be null; z and dy with strides in bytes
-  char *out, *dz;              // forward: out = y; backward: out = gradient of a and of b
-  i64 z_batch, dy_batch, rows;
-  int z_token, dy_token, length, channels;
-  float scale;
-};
-template <class T, int PAIRS>
-struct alignas(T::PAIR_BYTES *PAIRS) Pack {
-  typename T::Pair v[PAIRS];
-};
-
-template <class T, int PAIRS, bool BACKWARD>
-__device__ __forceinline__ void gate(const Gate &p) {
-  typedef Pack<T, PAIRS> P;
-  const int packs = p.channels / (2 * PAIRS);
-  const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x, row = at / packs;
-  if (row >= p.rows) return;
-  const int column = (int)(at - row * packs), batch = (int)(row / p.length), token = (int)(row - (i64)batch * p.length);
-  const P none = {};
-  const P z = *((const P *)(p.z + batch * p.z_batch + (i64)token * p.z_token) + column);
-  const P a = ((const P *)p.a)[at], b = p.b == nullptr ? none : ((const P *)p.b)[at];
-  const P dy = BACKWARD ? *((const P *)(p.dy + batch * p.dy_batch + (i64)token * p.dy_token) + column) : none;
-  P out, dz;
-#pragma unroll
-  for (int i = 0; i < PAIRS; i++) {
-    float y[2], g[2];
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      const float gate = c ? T::second(z.v[i]) : T::first(z.v[i]);
-      const float sum = c ? T::second(a.v[i]) + T::second(b.v[i]) : T::first(a.v[i]) + T::first(b.v[i]);
-      const float sigmoid = 1.f / (1.f + ex2(-LOG2E * gate));
-      if (BACKWARD) {
-        const float d = (c ? T::second(dy.v[i]) : T::first(dy.v[i])) * p.scale;
-        y[c] = d * gate * sigmoid, g[c] = d * sum * sigmoid * (1.f + gate * (1.f - sigmoid));
-      } else {
-        y[c] = p.scale * sum * gate * sigmoid;
-      }
-    }
-    out.v[i] = T::pack(y[0], y[1]);
-    if (BACKWARD) dz.v[i] = T::pack(g[0], g[1]);
-  }
-  ((P *)p.out)[at] = out;
-  if (BACKWARD) ((P *)p.dz)[at] = dz;
-}
-
-#define GATE(NAME, T, PAIRS)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256) gate_forward_kernel_##NAME(const __grid_constant__ Gate p) { \
-    gate<T, PAIRS, false>(p);                                                                                 \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(256) gate_backward_kernel_##NAME(const __grid_constant__ Gate p) { \
-    gate<T, PAIRS, true>(p);                                                                                  \
-  }
-GATE(bfloat16, Bf16, 1)
-GATE(bfloat16_wide, Bf16, 4)
-GATE(float16, Fp16, 1)
-GATE(float16_wide, Fp16, 4)
-GATE(float32, Fp32, 1)
-GATE(float32_wide, Fp32, 2)
-
-#define FORWARD(NAME, T, SOFTPLUS)                                                                            \
+#define FORWARD(NAME, T, RANK, SOFTPLUS)                                                                      \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_forward_kernel_##NAME(const __grid_constant__ Problem p) {                                         \
-    scan_forward<T, SOFTPLUS, false>(p);                                                                      \
+    scan_forward<T, RANK, SOFTPLUS, true, false>(p);                                                          \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32, 20)                                                        \
       scan_sequence_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
-    scan_sequence<T, SOFTPLUS, false>(p);                                                                     \
+    scan_sequence<T, RANK, SOFTPLUS, true, false>(p);                                                         \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32 * PARTS *MAX_RINGS, 1)                                      \
       scan_chunks_kernel_##NAME(const __grid_constant__ Problem p) {                                          \
-    scan_chunks<T, SOFTPLUS>(p);                                                                              \
+    scan_chunks<T, RANK, SOFTPLUS>(p);                                                                        \
   }
-FORWARD(bfloat16_softplus, Bf16, true)
-FORWARD(bfloat16, Bf16, false)
-FORWARD(float16_softplus, Fp16, true)
-FORWARD(float16, Fp16, false)
-FORWARD(float32_softplus, Fp32, true)
-FORWARD(float32, Fp32, false)
+FORWARD(bfloat16_softplus, Bf16, 0, true)
+FORWARD(bfloat16, Bf16, 0, false)
+FORWARD(bfloat16_rank16, Bf16, 1, true)
+FORWARD(bfloat16_rank32, Bf16, 2, true)
+FORWARD(bfloat16_rank48, Bf16, 3, true)
+FORWARD(float16_softplus, Fp16, 0, true)
+FORWARD(float16, Fp16, 0, false)
+FORWARD(float16_rank16, Fp16, 1, true)
+FORWARD(float16_rank32, Fp16, 2, true)
+FORWARD(float16_rank48, Fp16, 3, true)
+FORWARD(float32_softplus, Fp32, 0, true)
+FORWARD(float32, Fp32, 0, false)
 
-#define BACKWARD(NAME, SOFTPLUS)                                                                              \
+#define BACKWARD(NAME, RANK, SOFTPLUS)                                                                        \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_states_kernel_##NAME(const __grid_constant__ Problem p) {                                          \
-    scan_forward<Bf16, SOFTPLUS, true>(p);                                                                    \
+    scan_forward<Bf16, RANK, SOFTPLUS, RANK == 0, true>(p);                                                   \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32, 20)                                                        \
       scan_sequence_states_kernel_##NAME(const __grid_constant__ Problem p) {                                 \
-    scan_sequence<Bf16, SOFTPLUS, true>(p);                                                                   \
+    scan_sequence<Bf16, RANK, SOFTPLUS, RANK == 0, true>(p);                                                  \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_backward_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
-    scan_backward<SOFTPLUS>(p);                                                                               \
+    scan_backward<RANK, SOFTPLUS, true>(p);                                                                   \
+  }                                                                                                           \
+  extern "C" __global__ void __launch_bounds__(32, 12)                                                        \
+      scan_sequence_backward_kernel_##NAME(const __grid_constant__ Problem p) {                               \
+    scan_backward<RANK, SOFTPLUS, false>(p);                                                                  \
   }
-BACKWARD(bfloat16_softplus, true)
-BACKWARD(bfloat16, false)
+BACKWARD(bfloat16_softplus, 0, true)
+BACKWARD(bfloat16, 0, false)
+BACKWARD(bfloat16_rank16, 1, true)
+BACKWARD(bfloat16_rank32, 2, true)
+BACKWARD(bfloat16_rank48, 3, true)
