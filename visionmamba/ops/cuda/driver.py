@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import threading
 
 import torch
 
@@ -62,8 +63,8 @@ class Kernels:
         suffix = "a" if self.capability == (9, 0) else ""  # wgmma is of this architecture alone
         code = compiled_kernels(source, f"sm_{properties.major}{properties.minor}{suffix}")
         self._module = ctypes.c_void_p()
+        make_context_current(device)
         with torch.cuda.device(device):
-            torch.empty(0, device="cuda").zero_()  # makes the context current in this thread
             _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), code))
 
     def launch(
@@ -86,6 +87,7 @@ class Kernels:
             starts_early: start before the kernel before has ended (sm_90 and newer); the kernel
                 itself waits for it.
         """
+        make_context_current(self._device)
         config = _Config(
             grid=(blocks, 1, 1),
             block=(threads, 1, 1),
@@ -129,6 +131,19 @@ def kernels(source: str, device: torch.device) -> Kernels:
 @functools.cache
 def _kernels(source: str, device: int) -> Kernels:
     return Kernels(source, device)
+
+
+_thread = threading.local()
+
+
+def make_context_current(device: int) -> None:
+    """Let this thread use the driver, and cuBLAS without a warning, on a GPU.
+
+    Threads of autograd start without a context until PyTorch launches a kernel of its own.
+    """
+    if not hasattr(_thread, "has_context"):
+        torch.empty(1, device=torch.device("cuda", device)).zero_()
+        _thread.has_context = True
 
 
 def check_available(device: torch.device) -> None:

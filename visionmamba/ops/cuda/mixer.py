@@ -6,16 +6,24 @@ again, because both are cheaper to make than to keep.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visionmamba.ops.cuda.conv import conv_backward, conv_forward
-from visionmamba.ops.cuda.driver import kernels
+from visionmamba.ops.cuda.driver import kernels, make_context_current
 from visionmamba.ops.cuda.gate import gate_backward, gate_forward
 from visionmamba.ops.cuda.norm import add_rms_norm
+from visionmamba.ops.cuda.projections import (
+    gate_project,
+    norm_project,
+    supports_gate_project,
+    supports_norm_project,
+)
 from visionmamba.ops.cuda.scan import mixer_scan_backward, mixer_scan_forward
 
 PARAMETERS = (
@@ -100,14 +108,8 @@ class PackedMixer:
 
 
 def _views(flat: Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
-    views, start = [], 0
-    for shape in shapes:
-        count = 1
-        for side in shape:
-            count *= side
-        views.append(flat[start : start + count].view(shape))
-        start += count
-    return views
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -187,7 +189,7 @@ def mixer_forward(
         keep: whether a backward follows; y then holds the sum of both scans and the gated sum.
     """
     d_inner = packed.sizes.d_inner
-    xz = hidden @ packed.in_weight.T  # (B, L, 2E)
+    xz = F.linear(hidden, packed.in_weight)  # (B, L, 2E)
     x, z = xz[..., :d_inner], xz[..., d_inner:]
     u, projected = _convolve_and_project(x, packed)
     y = mixer_scan_forward(
@@ -201,7 +203,7 @@ def mixer_forward(
         out=u,
     )
     gated = gate_forward(y, z, scale, keep_sum=keep)
-    return gated @ packed.out_weight.T, xz, projected, y
+    return F.linear(gated, packed.out_weight), xz, projected, y
 
 
 def _project(u: Tensor, weight: Tensor) -> Tensor:
@@ -231,6 +233,7 @@ def mixer_backward(
     sizes = packed.sizes
     d_inner, d_state, rank = sizes.d_inner, sizes.d_state, sizes.dt_rank
     x, z = xz[..., :d_inner], xz[..., d_inner:]
+    make_context_current(dout.get_device())
     dout = dout.contiguous()
     dgated = dout @ packed.out_weight
     dout_weight = _weight_gradient(dout, y[1])
@@ -299,9 +302,12 @@ def fused_block(
         layer_scale: (D,) float32, factors of the output, or None.
     """
     d_inner = packed.sizes.d_inner
-    hidden, summed = add_rms_norm(branch, residual, norm_weight, eps)
-    total = branch.float() if summed is None else summed
-    xz = hidden @ packed.in_weight.T
+    if supports_norm_project(branch, packed.in_weight):
+        xz, total = norm_project(branch, residual, norm_weight, eps, packed.in_weight)
+    else:
+        hidden, summed = add_rms_norm(branch, residual, norm_weight, eps)
+        total = branch.float() if summed is None else summed
+        xz = F.linear(hidden, packed.in_weight)
     x, z = xz[..., :d_inner], xz[..., d_inner:]
     u, projected = _convolve_and_project(x, packed)
     y = mixer_scan_forward(
@@ -314,7 +320,9 @@ def fused_block(
         rank=packed.sizes.dt_rank,
         out=u,
     )
-    out = gate_forward(y, z, scale, keep_sum=False) @ packed.out_weight.T
+    if supports_gate_project(y, z, packed.out_weight):
+        return gate_project(y, z, scale, packed.out_weight, layer_scale), total
+    out = F.linear(gate_forward(y, z, scale, keep_sum=False), packed.out_weight)
     return out if layer_scale is None else out * layer_scale.to(out.dtype), total
 
 
