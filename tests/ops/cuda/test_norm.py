@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2.5e-3, torch.float16: 6e-4}
 EPS = 1e-5
 
-SHAPES = [(1, 1), (7,), (2, 65, 19), (3, 16), (5, 197, 192), (3, 33, 384), (2, 17, 768), (9, 1000)]
+SHAPES = [(1, 400), (2, 65, 19), (70, 16), (5, 197, 192), (3, 33, 384), (2, 17, 768), (9, 1000)]
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
@@ -82,6 +82,14 @@ def test_gradients_match_float64(shape, dtypes):
     else:
         assert dresidual.dtype == residual_dtype
         assert relative_error(dresidual, expected) < TOLERANCE[residual_dtype]
+
+
+def test_a_row_alone():
+    x, residual, weight = norm_inputs((7,), torch.float32, torch.float32)
+    expected, expected_total = in_float64(x, residual, weight)
+    normed, total = add_rms_norm(x, residual, weight, EPS)
+    assert relative_error(normed, expected) < TOLERANCE[torch.float32]
+    assert relative_error(total, expected_total) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("width", [19, 192])
