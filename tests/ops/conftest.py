@@ -5,18 +5,26 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from visionmamba.ops import cpu
+from visionmamba.ops import cpu, cuda
 from visionmamba.ops.cpu.build import compiled_library
 from visionmamba.ops.kernel_cache import UnavailableError
 
-BACKENDS = ("torch", "cpp", pytest.param("cuda", marks=pytest.mark.gpu))
+BACKENDS = (
+    "torch",
+    "cpp",
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("triton", marks=pytest.mark.gpu),
+)
 
 
 @pytest.fixture(params=BACKENDS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The device of one backend: the CPU in plain PyTorch, the CPU in C++, the GPU."""
-    if request.param == "cuda":
+    """The device of one backend: the CPU in plain PyTorch or C++, the GPU in CUDA C++ or Triton."""
+    if request.param in ("cuda", "triton"):
+        monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, request.param)
+        cuda.forget_choice()
         yield "cuda"
+        cuda.forget_choice()
         return
     if request.param == "cpp":
         try:

@@ -8,6 +8,7 @@ from visionmamba.ops.cuda import pointwise_ops as _pointwise_ops  # noqa: F401  
 from visionmamba.ops.mixer import can_fuse_mixer, fused_block, fused_mixer, pack_mixer
 from visionmamba.ops.rms_norm import rms_norm
 from visionmamba.ops.selective_scan import selective_scan
+from visionmamba.ops.triton import ops as _triton_ops  # noqa: F401  (attaches kernels)
 
 __all__ = [
     "BackendStatus",

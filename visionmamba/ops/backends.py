@@ -25,7 +25,7 @@ class BackendStatus:
     device: str
     """Device type as torch names it: "cpu" or "cuda"."""
     name: str
-    """"cpp" (compiled at first use), "cuda" (this package's kernels) or "torch" (PyTorch)."""
+    """"cpp" (compiled at first use), "cuda" and "triton" (kernels for GPUs), "torch" (PyTorch)."""
     reason: str
     """One sentence: why this one."""
 
@@ -42,5 +42,5 @@ def backends() -> tuple[BackendStatus, ...]:
 
 def _on_cuda(op: str) -> BackendStatus:
     cuda = cuda_backend(torch.device("cuda"))
-    name = "cuda" if cuda.has_kernels else "torch"
+    name = cuda.name if op.endswith("scan") or cuda.has_kernels else "torch"
     return BackendStatus(op=op, device="cuda", name=name, reason=cuda.reason)

@@ -95,7 +95,7 @@ def _store(ptr, values, mask):
     tl.store(ptr, values.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunk_length", "num_chunks"])
 def chunk_ends_kernel(
     x_ptr,
     dt_ptr,
@@ -132,6 +132,8 @@ def chunk_ends_kernel(
     GROUPS: tl.constexpr,
     STATES: tl.constexpr,
     LANES: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles whose loads are under way at once
+    ALIGNED: tl.constexpr,  # bytes that divide the addresses of B's and C's rows
 ):
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     blocks = tl.cdiv(channels, GROUPS * LANES)
@@ -155,17 +157,18 @@ def chunk_ends_kernel(
     passed = tl.full((GROUPS, STATES, LANES), 1.0, tl.float32)
     step_sum = tl.zeros((GROUPS, LANES), tl.float32)
     first = (index == 0)[:, None, None, None]
-    for position in range(start, stop, TILE):
+    for position in tl.range(start, stop, TILE, num_stages=STAGES):
         token = _tokens(position + index, length, REVERSE)
         here = position + index < stop
         mask = here[:, None, None] & (channel < channels)[None]
         state_mask = here[:, None] & (state < d_state)[None, :]
         x_at = batch * x_batch + token[:, None, None] * x_token + channel[None]
         dt_at = batch * dt_batch + token[:, None, None] * dt_token + channel[None]
-        B_at = batch * B_batch + token[:, None] * B_token + state[None, :]
+        B_rows = B_ptr + batch * B_batch + token[:, None] * B_token
+        B_rows = tl.multiple_of(B_rows, (ALIGNED, ALIGNED))
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
         raw = tl.load(dt_ptr + dt_at, mask=mask, other=0.0).to(tl.float32) + bias[None]
-        B = tl.load(B_ptr + B_at, mask=state_mask, other=0.0).to(tl.float32)
+        B = tl.load(B_rows + state[None, :], mask=state_mask, other=0.0).to(tl.float32)
         step = tl.where(mask, _step_size(raw, SOFTPLUS), 0.0)
         decay = _exp2(step[:, :, None, :] * A[None], EXACT)
         drive = (step * x)[:, :, None, :] * B[:, None, :, None]
@@ -174,9 +177,10 @@ def chunk_ends_kernel(
         h = _last_of_tile(states, index, TILE)
         step_sum += tl.sum(step, axis=0)
         if adjoints_ptr is not None:
-            C_at = batch * C_batch + token[:, None] * C_token + state[None, :]
+            C_rows = C_ptr + batch * C_batch + token[:, None] * C_token
+            C_rows = tl.multiple_of(C_rows, (ALIGNED, ALIGNED))
             dy_at = batch * dy_batch + token[:, None, None] * dy_token + channel[None]
-            C = tl.load(C_ptr + C_at, mask=state_mask, other=0.0).to(tl.float32)
+            C = tl.load(C_rows + state[None, :], mask=state_mask, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32) * scale
             if z_ptr is not None:
                 z_at = batch * z_batch + token[:, None, None] * z_token + channel[None]
@@ -192,7 +196,7 @@ def chunk_ends_kernel(
         tl.store(adjoints_ptr + row * d_state + cell, adjoint, mask=cell_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def fold_chunks_kernel(
     ends_ptr,  # (B, chunks, E, N); becomes what enters each chunk
     step_sums_ptr,
@@ -236,7 +240,7 @@ def fold_chunks_kernel(
             h = tl.exp2(sums[i] * A) * h + ends[i]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunk_length", "num_chunks"])
 def scan_forward_kernel(
     x_ptr,
     dt_ptr,
@@ -272,6 +276,8 @@ def scan_forward_kernel(
     GROUPS: tl.constexpr,
     STATES: tl.constexpr,
     LANES: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles whose loads are under way at once
+    ALIGNED: tl.constexpr,  # bytes that divide the addresses of B's and C's rows
 ):
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     blocks = tl.cdiv(channels, GROUPS * LANES)
@@ -298,19 +304,21 @@ def scan_forward_kernel(
         h = tl.load(entering_ptr + row + cell, mask=cell_mask, other=0.0)
 
     first = (index == 0)[:, None, None, None]
-    for position in range(start, stop, TILE):
+    for position in tl.range(start, stop, TILE, num_stages=STAGES):
         token = _tokens(position + index, length, REVERSE)
         here = position + index < stop
         mask = here[:, None, None] & (channel < channels)[None]
         state_mask = here[:, None] & (state < d_state)[None, :]
         x_at = batch * x_batch + token[:, None, None] * x_token + channel[None]
         dt_at = batch * dt_batch + token[:, None, None] * dt_token + channel[None]
-        B_at = batch * B_batch + token[:, None] * B_token + state[None, :]
-        C_at = batch * C_batch + token[:, None] * C_token + state[None, :]
+        B_rows = B_ptr + batch * B_batch + token[:, None] * B_token
+        B_rows = tl.multiple_of(B_rows, (ALIGNED, ALIGNED))
+        C_rows = C_ptr + batch * C_batch + token[:, None] * C_token
+        C_rows = tl.multiple_of(C_rows, (ALIGNED, ALIGNED))
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
         raw = tl.load(dt_ptr + dt_at, mask=mask, other=0.0).to(tl.float32) + bias[None]
-        B = tl.load(B_ptr + B_at, mask=state_mask, other=0.0).to(tl.float32)
-        C = tl.load(C_ptr + C_at, mask=state_mask, other=0.0).to(tl.float32)
+        B = tl.load(B_rows + state[None, :], mask=state_mask, other=0.0).to(tl.float32)
+        C = tl.load(C_rows + state[None, :], mask=state_mask, other=0.0).to(tl.float32)
         step = tl.where(mask, _step_size(raw, SOFTPLUS), 0.0)
         decay = _exp2(step[:, :, None, :] * A[None], EXACT)
         drive = (step * x)[:, :, None, :] * B[:, None, :, None]
@@ -331,7 +339,7 @@ def scan_forward_kernel(
         tl.store(last_state_ptr + batch * channels * d_state + cell, h, mask=cell_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunk_length", "num_chunks", "dB_block"])
 def scan_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -379,6 +387,8 @@ def scan_backward_kernel(
     GROUPS: tl.constexpr,
     STATES: tl.constexpr,
     LANES: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles whose loads are under way at once
+    ALIGNED: tl.constexpr,  # bytes that divide the addresses of B's and C's rows
 ):
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     blocks = tl.cdiv(channels, GROUPS * LANES)
@@ -414,7 +424,7 @@ def scan_backward_kernel(
     whole = tl.full((TILE, GROUPS, STATES, LANES), 1.0, tl.float32)
 
     num_tiles = tl.cdiv(stop - start, TILE)
-    for tile in range(num_tiles):
+    for tile in tl.range(num_tiles, num_stages=STAGES):
         tl.store(tile_states_ptr + (tile_row + tile) * cells + cell, h, mask=cell_mask)
         position = start + tile * TILE + index
         token = _tokens(position, length, REVERSE)
@@ -422,10 +432,11 @@ def scan_backward_kernel(
         state_mask = (position < stop)[:, None] & (state < d_state)[None, :]
         x_at = batch * x_batch + token[:, None, None] * x_token + channel[None]
         dt_at = batch * dt_batch + token[:, None, None] * dt_token + channel[None]
-        B_at = batch * B_batch + token[:, None] * B_token + state[None, :]
+        B_rows = B_ptr + batch * B_batch + token[:, None] * B_token
+        B_rows = tl.multiple_of(B_rows, (ALIGNED, ALIGNED))
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
         raw = tl.load(dt_ptr + dt_at, mask=mask, other=0.0).to(tl.float32) + bias[None]
-        B = tl.load(B_ptr + B_at, mask=state_mask, other=0.0).to(tl.float32)
+        B = tl.load(B_rows + state[None, :], mask=state_mask, other=0.0).to(tl.float32)
         step = tl.where(mask, _step_size(raw, SOFTPLUS), 0.0)
         decay = _exp2(step[:, :, None, :] * A[None], EXACT)
         drive = (step * x)[:, :, None, :] * B[:, None, :, None]
@@ -437,7 +448,7 @@ def scan_backward_kernel(
     dA = tl.zeros((GROUPS, STATES, LANES), tl.float32)
     dD = tl.zeros((GROUPS, LANES), tl.float32)
     ddt_bias = tl.zeros((GROUPS, LANES), tl.float32)
-    for tiles_left in range(num_tiles, 0, -1):
+    for tiles_left in tl.range(num_tiles, 0, -1, num_stages=STAGES):
         tile = tiles_left - 1
         position = start + tile * TILE + index
         token = _tokens(position, length, REVERSE)
@@ -445,8 +456,10 @@ def scan_backward_kernel(
         state_mask = (position < stop)[:, None] & (state < d_state)[None, :]
         x_at = batch * x_batch + token[:, None, None] * x_token + channel[None]
         dt_at = batch * dt_batch + token[:, None, None] * dt_token + channel[None]
-        B_at = batch * B_batch + token[:, None] * B_token + state[None, :]
-        C_at = batch * C_batch + token[:, None] * C_token + state[None, :]
+        B_rows = B_ptr + batch * B_batch + token[:, None] * B_token
+        B_rows = tl.multiple_of(B_rows, (ALIGNED, ALIGNED))
+        C_rows = C_ptr + batch * C_batch + token[:, None] * C_token
+        C_rows = tl.multiple_of(C_rows, (ALIGNED, ALIGNED))
         dy_at = batch * dy_batch + token[:, None, None] * dy_token + channel[None]
         out_at = (batch * length + token)[:, None, None] * channels + channel[None]
         sum_at = block.to(tl.int64) * dB_block
@@ -454,8 +467,8 @@ def scan_backward_kernel(
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
         raw = tl.load(dt_ptr + dt_at, mask=mask, other=0.0).to(tl.float32) + bias[None]
         dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32) * scale
-        B = tl.load(B_ptr + B_at, mask=state_mask, other=0.0).to(tl.float32)
-        C = tl.load(C_ptr + C_at, mask=state_mask, other=0.0).to(tl.float32)
+        B = tl.load(B_rows + state[None, :], mask=state_mask, other=0.0).to(tl.float32)
+        C = tl.load(C_rows + state[None, :], mask=state_mask, other=0.0).to(tl.float32)
         h = tl.load(tile_states_ptr + (tile_row + tile) * cells + cell, mask=cell_mask, other=0.0)
         step = tl.where(mask, _step_size(raw, SOFTPLUS), 0.0)
 

@@ -6,6 +6,7 @@ parameters and states float32. Importing this module imports triton.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +35,14 @@ class Tiling:
     """Neighbouring channels that lie in different lanes of a warp; the rest of it holds states."""
     warps: int
     """Warps of a program."""
+    stages: int
+    """Tiles whose loads are under way at once."""
     programs: int
     """Programs wanted for each multiprocessor; long sequences are cut until there are as many."""
 
 
-FORWARD = Tiling(tokens=8, channels=32, lanes=32, warps=1, programs=12)
-BACKWARD = Tiling(tokens=4, channels=32, lanes=8, warps=1, programs=8)
+FORWARD = Tiling(tokens=8, channels=32, lanes=32, warps=1, stages=2, programs=16)
+BACKWARD = Tiling(tokens=4, channels=32, lanes=8, warps=1, stages=1, programs=8)
 _SHORTEST_CHUNK = 64
 _FOLD = {"BLOCK": 128, "AT_ONCE": 8}
 
@@ -79,7 +82,7 @@ def selective_scan_triton(
     z = None if z is None else _rows(z)
     batch, length, channels = x.shape
     d_state = A.shape[1]
-    cut = _cut(FORWARD, x, d_state)
+    cut = _cut(FORWARD, x, B, C)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     last_state = A.new_empty(batch, channels, d_state)
     entering = None if initial_state is None else initial_state.contiguous()
@@ -200,7 +203,7 @@ def _backward(
     """Fill the gradients from dx on for some rows of the batch; return dA, dD and ddt_bias."""
     batch, length, channels = x.shape
     d_state = A.shape[1]
-    cut = _cut(BACKWARD, x, d_state)
+    cut = _cut(BACKWARD, x, B, C)
     chunks = batch, cut.num_chunks
     tiles = cut.chunk_length // cut.constants["TILE"]
     tile_states = A.new_empty(*chunks, tiles, channels, d_state)
@@ -275,7 +278,7 @@ def _folded(
     return ends
 
 
-def _cut(tiling: Tiling, x: Tensor, d_state: int) -> _Cut:
+def _cut(tiling: Tiling, x: Tensor, B: Tensor, C: Tensor) -> _Cut:
     """Return the programs of a scan over x: long sequences are cut until they fill the GPU."""
     batch, length, channels = x.shape
     multiprocessors, threads = machine(x.device)
@@ -289,8 +292,10 @@ def _cut(tiling: Tiling, x: Tensor, d_state: int) -> _Cut:
     constants = {
         "TILE": tiling.tokens,
         "GROUPS": groups,
-        "STATES": 1 << (d_state - 1).bit_length(),
+        "STATES": 1 << (B.shape[2] - 1).bit_length(),
         "LANES": lanes,
+        "STAGES": tiling.stages,
+        "ALIGNED": math.gcd(16, *(_alignment(tensor) for tensor in (B, C))),
         "num_warps": tiling.warps,
         "enable_fp_fusion": True,
     }
@@ -307,6 +312,12 @@ def _scratch_bytes(length: int, channels: int, d_state: int) -> int:
     tile_states = length // BACKWARD.tokens * channels * d_state
     partial_sums = 2 * -(-channels // BACKWARD.channels) * length * d_state
     return 4 * (tile_states + partial_sums) + 1
+
+
+def _alignment(tensor: Tensor) -> int:
+    """Return the greatest number of bytes that divides the addresses of all rows."""
+    strides = tensor.stride(0), tensor.stride(1)
+    return math.gcd(tensor.data_ptr(), *(stride * tensor.element_size() for stride in strides))
 
 
 def _rows(tensor: Tensor) -> Tensor:
