@@ -73,7 +73,6 @@ def test_no_worse_than_separate_ops(monkeypatch):
         monkeypatch.setattr("visionmamba.models.mixer.can_fuse_mixer", lambda *_: False)
         separate = mixer(hidden)
     expected = mixer.double()(hidden.double())
-    assert not torch.equal(fused, separate)
     assert relative_error(fused, expected) < 1.1 * relative_error(separate, expected)
 
 

@@ -245,9 +245,10 @@ def mixer_backward(
         dscan, u, projected, packed.dt_weight, packed.dt_bias, packed.A, packed.D, rank=rank
     )
     dprojected = dprojected.to(u.dtype).flatten(1, 2)  # (2, B L, P)
-    dx_weight = u.new_empty(2, dprojected.shape[2], d_inner, dtype=torch.float32)
+    width = rank + 2 * d_state
+    dx_weight = u.new_empty(2, width, d_inner, dtype=torch.float32)
     for i in (0, 1):  # one by one: cuBLAS splits the sum over tokens of a single product alone
-        given = dprojected[i].T, u[i].flatten(0, 1)
+        given = dprojected[i, :, :width].T, u[i].flatten(0, 1)
         torch.mm(*given, out_dtype=torch.float32, out=dx_weight[i])
     du.flatten(1, 2).baddbmm_(dprojected, packed.x_weight)
     _, dconv_weight, dconv_bias = conv_backward(
@@ -264,7 +265,7 @@ def mixer_backward(
         _weight_gradient(dxz, hidden),
         dconv_weight,
         dconv_bias,
-        dx_weight[:, : rank + 2 * d_state],
+        dx_weight,
         ddt_weight,
         ddt_bias,
         dA * packed.A,
