@@ -18,6 +18,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_VARYING = ["length", "chunk_length", "num_chunks", "B_batch", "B_token", "C_batch", "C_token"]
+"""Arguments whose values do not call for another compilation; ALIGNED says what matters of some."""
 
 
 @functools.cache
@@ -95,7 +97,7 @@ def _store(ptr, values, mask):
     tl.store(ptr, values.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["length", "chunk_length", "num_chunks"])
+@triton.jit(do_not_specialize=_VARYING)
 def chunk_ends_kernel(
     x_ptr,
     dt_ptr,
@@ -240,7 +242,7 @@ def fold_chunks_kernel(
             h = tl.exp2(sums[i] * A) * h + ends[i]
 
 
-@triton.jit(do_not_specialize=["length", "chunk_length", "num_chunks"])
+@triton.jit(do_not_specialize=_VARYING)
 def scan_forward_kernel(
     x_ptr,
     dt_ptr,
@@ -339,7 +341,7 @@ def scan_forward_kernel(
         tl.store(last_state_ptr + batch * channels * d_state + cell, h, mask=cell_mask)
 
 
-@triton.jit(do_not_specialize=["length", "chunk_length", "num_chunks", "dB_block"])
+@triton.jit(do_not_specialize=[*_VARYING, "dB_block"])
 def scan_backward_kernel(
     dy_ptr,
     x_ptr,
