@@ -12,6 +12,7 @@ from visionmamba.ops.cuda.scan import (
     bidirectional_forward,
     mixer_scan_backward,
     mixer_scan_forward,
+    num_state_values,
     scan_backward,
     scan_forward,
 )
@@ -116,6 +117,16 @@ def test_both_directions_in_one_launch_equal_two():
         ((alone, alone_state),) = scan_forward([direction], dt_softplus=True)
         assert torch.equal(y, alone)
         assert torch.equal(state, alone_state)
+
+
+def test_rings_beyond_the_last_sequence_touch_nothing():
+    shape = (10, 256, 40)  # 320 sequence tiles in blocks of three rings
+    directions = [make_direction(shape), make_direction(shape, reverse=True)]
+    for direction, (y, _) in zip(
+        directions, scan_forward(directions, dt_softplus=True), strict=True
+    ):
+        expected, _, _ = selective_scan_chunked(*in_float64(direction), direction.reverse, None)
+        assert relative_error(y, expected) < VALUE_TOLERANCE[torch.bfloat16]
 
 
 def test_deterministic_gradients_have_equal_bits():
@@ -225,8 +236,10 @@ def mixer_gradients_in_float64(given, dscan, rank):
     return dict(zip(MIXER_NAMES, stacked, strict=True))
 
 
-def mixer_gradients(given, dscan, rank):
-    du, dprojected, ddt_weight, ddt_bias, dA, dD = mixer_scan_backward(dscan, **given, rank=rank)
+def mixer_gradients(given, dscan, rank, states=None):
+    du, dprojected, ddt_weight, ddt_bias, dA, dD = mixer_scan_backward(
+        dscan, **given, rank=rank, states=states
+    )
     d_state = dA.shape[2]
     ddt_r, dB, dC, padding = dprojected.tensor_split((rank, rank + d_state, rank + 2 * d_state), -1)
     assert not padding.any()
@@ -292,6 +305,19 @@ def test_mixer_backward_in_parts_of_the_batch(monkeypatch, deterministic):
     expected = mixer_gradients_in_float64(given, dscan, 12)
     monkeypatch.setattr(scan, "_SCRATCH_BYTES", 1 << 16)
     for name, actual in mixer_gradients(given, dscan, 12).items():
+        assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("shape", [(2, 48, 197), FEW, (8, 384, 65), MANY], ids=str)
+def test_mixer_backward_takes_the_states_that_the_forward_left(shape):
+    given = make_mixer(shape)
+    dscan = torch.randn_like(given["u"][0])
+    numbers = num_state_values(shape[0], shape[2], shape[1])
+    states = torch.empty(numbers, dtype=torch.bfloat16, device="cuda")
+    y = mixer_scan_forward(**given, rank=12, states=states)
+    assert torch.equal(y, mixer_scan_forward(**given, rank=12))
+    expected = mixer_gradients_in_float64(given, dscan, 12)
+    for name, actual in mixer_gradients(given, dscan, 12, states=states).items():
         assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
 
 

@@ -151,7 +151,8 @@ struct Place {
     tile = unit;
     const i64 sequence = unit / tiles;
     channel = (int)(unit - sequence * tiles) * 16 + 2 * l.g;
-    direction = sequence >= p.batch, batch = (int)(sequence - direction * p.batch);
+    direction = (sequence >= p.batch) + (sequence >= 2 * (i64)p.batch);  // 2: beyond the last
+    batch = (int)(sequence - (i64)direction * p.batch);
     valid = channel < p.channels, whole = channel - 2 * l.g + 16 <= p.channels;
   }
 };
@@ -317,6 +318,11 @@ __device__ __forceinline__ float2 pair_of(const float *p, int channel, bool vali
 __device__ __forceinline__ void wait_for(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void hand_to(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
 
+// The launch and the start of every kernel overlap with the end of the one before.
+__device__ __forceinline__ void follow_kernel_before() {
+  wait_for_kernel_before();
+  let_next_kernel_start();
+}
 // Number of this thread's warp, known to be the same in all its lanes.
 __device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(threadIdx.x >> 5), 0); }
 
@@ -324,6 +330,7 @@ __device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(t
 template <class T, int RANK, bool SOFTPLUS, bool Y, bool STATES>
 __device__ __forceinline__ void scan_forward(const Problem &p) {
   __shared__ float4 slots[MAX_RINGS * WARPS][64];
+  follow_kernel_before();
   const Lane l;
   const int warp = warp_of_block(), ring = warp / WARPS, w = warp % WARPS, next = w + 1 == WARPS ? 0 : w + 1;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + ring;
@@ -352,7 +359,6 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     h.clear_all();
     if (d.initial_state != nullptr)
       h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
-    wait_for_kernel_before();  // it makes the carry, and reads the x that y may replace
 #pragma unroll 4
     for (int c = 0; c < chunk; c++) {
       Tile end;
@@ -367,22 +373,16 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     h.store(slot[0], l.lane);
   }
   const bool always = p.chunk_length > 0;
-  float a[8][2][4];
-#pragma unroll
-  for (int k = 0; k < 8; k++) clear(a[k][0]), clear(a[k][1]);
   bool first = w == 0;
   int left = length - 8 * w;
+  Group<T, RANK, SOFTPLUS> group;
+  float a[8][2][4];
+  group.prepare(raw, weights, bias, left, l);
+  walk.load(raw, left - 8 * WARPS, l, at.valid, at.whole);
+#pragma unroll
+  for (int k = 0; k < 8; k++) group.decays(a[k], A, k);
 #pragma unroll 1
   for (; left > 0; left -= 8 * WARPS) {
-    Group<T, RANK, SOFTPLUS> group;
-    group.prepare(raw, weights, bias, left, l);
-    walk.load(raw, left - 8 * WARPS, l, at.valid, at.whole);
-    float kept[2][2];
-    // the decays are made before the turn: a branch (always is 1) keeps the compiler from making some in the turn
-    if (always) {
-#pragma unroll
-      for (int k = 0; k < 8; k++) group.decays(a[k], A, k);
-    }
     if (!first) wait_for(barrier + w);
     first = false;
     h.load(slot[w], l.lane);
@@ -398,12 +398,22 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     }
     h.store(slot[next], l.lane);
     if (left > 8) hand_to(barrier + next);
-    if (Y) {
+    // y of this turn and the decays of the next. The branch, always taken, keeps the assembler from beginning with y in the
+    // turn, where others wait.
+    if (always) {
+      Group<T, RANK, SOFTPLUS> following;
+      following.prepare(raw, weights, bias, left - 8 * WARPS, l);
+      walk.load(raw, left - 16 * WARPS, l, at.valid, at.whole);
+      float kept[2][2];
 #pragma unroll
-      for (int k = 0; k < 8; k++) group.outputs(kept, a[k], k, l.t == (k & 3));
-      group.write(y, sy, kept, D, left, l, at.valid);
-      y += 8 * WARPS * sy;
+      for (int k = 0; k < 8; k++) {
+        if (Y) group.outputs(kept, a[k], k, l.t == (k & 3));
+        following.decays(a[k], A, k);
+      }
+      if (Y) group.write(y, sy, kept, D, left, l, at.valid);
+      group = following;
     }
+    y += 8 * WARPS * sy;
   }
   left += 8 * WARPS;  // of this warp's last group
   if (left > 0 && left <= 8 && start + length == p.length && d.last_state != nullptr && at.valid)
@@ -413,6 +423,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
 // The same with one warp a sequence tile: for many sequences.
 template <class T, int RANK, bool SOFTPLUS, bool Y, bool STATES>
 __device__ __forceinline__ void scan_sequence(const Problem &p) {
+  follow_kernel_before();
   const Lane l;
   const Place at(p, blockIdx.x, l);
   const Direction &d = p.direction[at.direction];
@@ -460,8 +471,8 @@ template <class T, int RANK, bool SOFTPLUS>
 __device__ __forceinline__ void scan_chunks(const Problem &p) {
   __shared__ float4 ends[MAX_RINGS * PARTS][64];
   __shared__ float2 sums[MAX_RINGS * PARTS][32];
+  follow_kernel_before();
   const Lane l;
-  let_next_kernel_start();
   const int warp = warp_of_block(), ring = warp / PARTS, w = warp % PARTS;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * PARTS)) + ring;
   const i64 tile = unit / (p.num_chunks - 1);
@@ -551,7 +562,7 @@ struct OwnColumns {
   }
 };
 
-// Sums over the tile's channels of values (channel, state) times weights (channel, token), as two operands of tokens' columns.
+// Sums over the tile's channels of values (channel, state) times weights (channel, token), whose columns are tokens.
 struct ChannelWeights {
   u32 even, odd;  // channels 4t, 4t+2 and 4t+1, 4t+3 of the token of this lane's column
   __device__ __forceinline__ void sum(float (&product)[4], const uint4 &v) const {
@@ -587,7 +598,8 @@ struct Fetch {
     activation_step = -8 * STEP * sign * (l.lane < 16 ? d.x_token : d.dy_token);
     row = d.B + at.batch * d.B_batch + token(l.g) * d.B_token - 2 * p.rank + 16 * l.t;
     row_step = -8 * STEP * sign * d.B_token;
-    if (RANK == 0) dt = d.dt + at.batch * d.dt_batch + token(k) * d.dt_token + bytes, dt_step = -8 * STEP * sign * d.dt_token;
+    if (RANK > 0) return;
+    dt = d.dt + at.batch * d.dt_batch + token(k) * d.dt_token + bytes, dt_step = -8 * STEP * sign * d.dt_token;
   }
   __device__ __forceinline__ void next(S &to, int left, int pieces, const Lane &l) {
     const int k = (l.lane & 15) >> 1, part = 16 * (l.lane & 1);
@@ -618,6 +630,7 @@ template <int RANK, bool SOFTPLUS, bool RING>
 __device__ __forceinline__ void scan_backward(const Problem &p) {
   extern __shared__ float4 memory[];
   typedef Bf16 T;
+  follow_kernel_before();
   typedef Stage<RANK> S;
   constexpr int STEP = RING ? WARPS : 1, K_STEPS = RANK ? RANK : 1;
   const Lane l;
@@ -807,8 +820,8 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
       dD.x = fmaf(x0, y0, dD.x), dD.y = fmaf(x1, y1, dD.y);
       if (l.t + 4 * q < left) {
         dbias.x += e[q][0], dbias.y += e[q][1];
-        *(u32 *)(dx + q * four_dx) =
-            pack_bf16(fmaf(D.x, y0, LN2 * group.dt[q][0] * gB.v[q][0]), fmaf(D.y, y1, LN2 * group.dt[q][1] * gB.v[q][1]));
+        const float dx0 = LN2 * group.dt[q][0] * gB.v[q][0], dx1 = LN2 * group.dt[q][1] * gB.v[q][1];
+        *(u32 *)(dx + q * four_dx) = pack_bf16(fmaf(D.x, y0, dx0), fmaf(D.y, y1, dx1));
         if (RANK == 0) *(u32 *)(dx + q * four_dx + to_ddt) = pack_bf16(e[q][0], e[q][1]);
       }
     }
@@ -827,8 +840,11 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
         if (exists && l.t + 4 < left) add_pair(drow + four_row + 16 * s, product[1], product[3]);
         u32 dt_r[2];
         const int r = l.lane & 7;
-        const u32 from = (u32)__cvta_generic_to_shared(stage.token[(r >> 1) + 4 * (r & 1)] + S::ROWS + 32 * s + 2 * (l.lane & 8));
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(dt_r[0]), "=r"(dt_r[1]) : "r"(from));
+        const char *const row = stage.token[(r >> 1) + 4 * (r & 1)] + S::ROWS + 32 * s + 2 * (l.lane & 8);
+        const u32 from = (u32)__cvta_generic_to_shared(row);
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(dt_r[0]), "=r"(dt_r[1])
+                     : "r"(from));
         mma_k8(dweight[s][0], even, odd, dt_r[0]), mma_k8(dweight[s][1], even, odd, dt_r[1]);
       }
     }
@@ -885,15 +901,26 @@ FORWARD(float16_rank48, Fp16, 3, true)
 FORWARD(float32_softplus, Fp32, 0, true)
 FORWARD(float32, Fp32, 0, false)
 
-#define BACKWARD(NAME, RANK, SOFTPLUS)                                                                        \
+// y and the states that the backward needs, or the states alone.
+#define STATES(KIND, NAME, RANK, SOFTPLUS, Y)                                                                 \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
-      scan_states_kernel_##NAME(const __grid_constant__ Problem p) {                                          \
-    scan_forward<Bf16, RANK, SOFTPLUS, RANK == 0, true>(p);                                                   \
+      scan_##KIND##_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
+    scan_forward<Bf16, RANK, SOFTPLUS, Y, true>(p);                                                           \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(32, 20)                                                        \
-      scan_sequence_states_kernel_##NAME(const __grid_constant__ Problem p) {                                 \
-    scan_sequence<Bf16, RANK, SOFTPLUS, RANK == 0, true>(p);                                                  \
-  }                                                                                                           \
+      scan_sequence_##KIND##_kernel_##NAME(const __grid_constant__ Problem p) {                               \
+    scan_sequence<Bf16, RANK, SOFTPLUS, Y, true>(p);                                                          \
+  }
+STATES(both, bfloat16_softplus, 0, true, true)
+STATES(both, bfloat16, 0, false, true)
+STATES(both, bfloat16_rank16, 1, true, true)
+STATES(both, bfloat16_rank32, 2, true, true)
+STATES(both, bfloat16_rank48, 3, true, true)
+STATES(states, bfloat16_rank16, 1, true, false)
+STATES(states, bfloat16_rank32, 2, true, false)
+STATES(states, bfloat16_rank48, 3, true, false)
+
+#define BACKWARD(NAME, RANK, SOFTPLUS)                                                                        \
   extern "C" __global__ void __launch_bounds__(32 * WARPS *MAX_RINGS, 1)                                      \
       scan_backward_kernel_##NAME(const __grid_constant__ Problem p) {                                        \
     scan_backward<RANK, SOFTPLUS, true>(p);                                                                   \

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ GROUP = 8
 _FORWARD_WARPS, _BACKWARD_WARPS, _PARTS, _MAX_RINGS = 4, 4, 8, 3
 _MANY = 8
 """Sequence tiles a multiprocessor from which on one warp scans each alone."""
+_SEQUENCES_AT_ONCE, _BACKWARDS_AT_ONCE = 20, 12
+"""Such warps of a multiprocessor. A launch that fills the GPU may start before the kernel before it
+has ended; a smaller one would crowd on the first multiprocessors that are free."""
+_SHORTEST_CHUNKED = 64
+"""Tokens from which on a lone sequence is cut in chunks."""
 _SCRATCH_BYTES = 1 << 30
 _FORWARD_READS, _BACKWARD_READS = (2, 2), (8, 4)
 """Neighbouring channels and states that the kernels read at once."""
@@ -308,21 +313,25 @@ def _forward(
     suffix = _NAMES[x.dtype] + ("_softplus" if dt_softplus else "")
     if states is not None:
         launch.problem.states = states.data_ptr()
-    _run_forward(launch.problem, suffix, states is not None, x.device)
+    makes: Literal["y", "both"] = "y" if states is None else "both"
+    _run_forward(launch.problem, suffix, x.device, makes=makes)
     return results
 
 
-def _run_forward(problem: _Problem, suffix: str, makes_states: bool, device: torch.device) -> None:
+def _run_forward(
+    problem: _Problem, suffix: str, device: torch.device, *, makes: Literal["y", "states", "both"]
+) -> None:
     """Launch the kernels that fit the shape: a warp a sequence, rings, or chunks and rings."""
     on = kernels("scan", device)
     tiles = problem.num_directions * problem.batch * -(-problem.channels // STATES)
     if tiles >= _MANY * on.num_multiprocessors:
-        kind = "sequence_states" if makes_states else "sequence"
-        on.launch(f"scan_{kind}_kernel_{suffix}", problem, tiles, 32)
+        kind = "sequence" if makes == "y" else f"sequence_{makes}"
+        early = tiles >= _SEQUENCES_AT_ONCE * on.num_multiprocessors
+        on.launch(f"scan_{kind}_kernel_{suffix}", problem, tiles, 32, starts_early=early)
         return
     num_chunks = _MAX_RINGS * on.num_multiprocessors // tiles
     chunk = -(-problem.length // max(num_chunks, 1) // 64) * 64
-    if num_chunks >= 4 and chunk < problem.length:
+    if num_chunks >= 4 and problem.length >= _SHORTEST_CHUNKED and chunk < problem.length:
         num_chunks = -(-problem.length // chunk)
         carry = torch.empty(
             tiles * num_chunks * (STATES * STATES + 64), dtype=torch.float32, device=device
@@ -334,11 +343,10 @@ def _run_forward(problem: _Problem, suffix: str, makes_states: bool, device: tor
         _launch_rings(on, f"scan_chunks_kernel_{suffix}", problem, rings, _PARTS)
     _launch_rings(
         on,
-        f"scan_{'states' if makes_states else 'forward'}_kernel_{suffix}",
+        f"scan_{'forward' if makes == 'y' else makes}_kernel_{suffix}",
         problem,
         tiles * problem.num_chunks,
         _FORWARD_WARPS,
-        starts_early=problem.num_chunks > 1,
     )
 
 
@@ -353,7 +361,8 @@ def _run_backward(problem: _Problem, suffix: str, k_steps: int, device: torch.de
         )
     else:
         name = f"scan_sequence_backward_kernel_{suffix}"
-        on.launch(name, problem, tiles, 32, shared_bytes=per_warp)
+        early = tiles >= _BACKWARDS_AT_ONCE * on.num_multiprocessors
+        on.launch(name, problem, tiles, 32, shared_bytes=per_warp, starts_early=early)
 
 
 def _warps_share_backward(problem: _Problem, on: Kernels) -> bool:
@@ -437,7 +446,6 @@ def _launch_rings(
     num_warps: int,
     *,
     shared: tuple[int, int] = (0, 0),
-    starts_early: bool = False,
 ) -> None:
     """Run a kernel of rings of warps, as many a block as make the multiprocessors even.
 
@@ -453,7 +461,7 @@ def _launch_rings(
         -(-num_rings // rings),
         32 * num_warps * rings,
         shared_bytes=per_ring * rings,
-        starts_early=starts_early,
+        starts_early=rings == _MAX_RINGS,
     )
 
 
@@ -526,6 +534,7 @@ def mixer_scan_forward(
     *,
     rank: int,
     out: Tensor | None = None,
+    states: Tensor | None = None,
 ) -> Tensor:
     """Return y (2, B, L, E) of both directions, the step sizes made inside the scans.
 
@@ -540,6 +549,8 @@ def mixer_scan_forward(
         A: (2, E, N) float32.
         rank: columns of dt_r.
         out: takes y, may be u itself.
+        states: (num_state_values,) bfloat16, takes the states that mixer_scan_backward needs; with
+            bfloat16 u only.
     """
     y = torch.empty_like(u) if out is None else out
     if not _takes_fused(u, rank, A.shape[2]):
@@ -561,8 +572,18 @@ def mixer_scan_forward(
         D=_halves(D),
         y=_halves(y),
     )
-    _run_forward(problem, f"{_NAMES[u.dtype]}_rank{dt_weight.shape[2]}", False, u.device)
+    suffix = f"{_NAMES[u.dtype]}_rank{dt_weight.shape[2]}"
+    if states is None:
+        _run_forward(problem, suffix, u.device, makes="y")
+    else:
+        problem.states = states.data_ptr()
+        _run_forward(problem, suffix, u.device, makes="both")
     return y
+
+
+def num_state_values(batch: int, length: int, d_inner: int) -> int:
+    """Return the numbers of a buffer for the states of both directions: 2 an element of u."""
+    return 2 * batch * (d_inner // STATES) * -(-length // GROUP) * STATES * STATES
 
 
 def mixer_scan_backward(
@@ -575,12 +596,14 @@ def mixer_scan_backward(
     D: Tensor,
     *,
     rank: int,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, projected, dt_weight, dt_bias, A and D of mixer_scan_forward.
 
     Activations are bfloat16. dscan (B, L, E) is the gradient of y in both directions. du
     (2, B, L, E) is bfloat16, the others are float32: dprojected (2, B, L, P), ddt_weight
-    (2, E, rank), ddt_bias (2, E), dA (2, E, N), dD (2, E).
+    (2, E, rank), ddt_bias (2, E), dA (2, E, N), dD (2, E). Without the states that the forward
+    left they are computed again, for as many sequences at a time as memory allows.
     """
     if not _takes_fused(u, rank, A.shape[2], backward=True):
         directions = _with_steps(
@@ -602,7 +625,7 @@ def mixer_scan_backward(
         D=_halves(D),
         dx=_halves(du),
     )
-    return (du, *_fused_backward(problem, dt_weight.shape[2], u.device))
+    return (du, *_fused_backward(problem, dt_weight.shape[2], u.device, states))
 
 
 def bidirectional_forward(
@@ -644,7 +667,8 @@ def bidirectional_forward(
         y=_both(y),
         last_state=_halves(last),
     )
-    _run_forward(problem, f"{_NAMES[y[0].dtype]}_rank{weights.shape[2]}", False, y[0].device)
+    suffix = f"{_NAMES[y[0].dtype]}_rank{weights.shape[2]}"
+    _run_forward(problem, suffix, y[0].device, makes="y")
     return [(y[0], last[0]), (y[1], last[1])]
 
 
@@ -669,14 +693,14 @@ def _padded_weights(dt_weight: _Pair, dtype: torch.dtype) -> Tensor:
 
 
 def _fused_backward(
-    problem: _Problem, columns: int, device: torch.device
+    problem: _Problem, columns: int, device: torch.device, states: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return drows (2, B, L, P), ddt_weight, ddt_bias, dA and dD (2, E, ...) of a problem.
 
     columns: of the weights of the step sizes, padding included.
     """
     batch, length, channels = problem.batch, problem.length, problem.channels
-    tiles, groups = channels // STATES, (length + GROUP - 1) // GROUP
+    tiles = channels // STATES
     adds = not torch.are_deterministic_algorithms_enabled()
     row_copies, parts = (1, 1) if adds else (tiles, batch * _BACKWARD_WARPS)
     shapes: dict[str, tuple[int, ...]] = {
@@ -697,12 +721,13 @@ def _fused_backward(
         views.append(view)
         place += count
     problem.partial_stride = 0 if adds else 2 * batch * length * problem.width
-    at_once = max(1, _SCRATCH_BYTES // (2 * tiles * groups * STATES * STATES * 2))
-    states = torch.empty(
-        2 * min(batch, at_once) * tiles * groups * STATES * STATES,
-        dtype=torch.bfloat16,
-        device=device,
-    )
+    at_once = batch
+    kept = states is not None
+    if states is None:
+        at_once = min(batch, max(1, _SCRATCH_BYTES // (2 * num_state_values(1, length, channels))))
+        states = torch.empty(
+            num_state_values(at_once, length, channels), dtype=torch.bfloat16, device=device
+        )
     problem.states = states.data_ptr()
     part_numbers = {name: math.prod(shapes[name][2:]) for name in list(shapes)[1:]}
     for start in range(0, batch, at_once):
@@ -711,7 +736,8 @@ def _fused_backward(
                 _advance(problem.direction[i], problem, at_once, {} if adds else part_numbers)
         problem.batch = min(at_once, batch - start)
         problem.chunk_length, problem.num_chunks = length, 1
-        _run_forward(problem, f"bfloat16_rank{columns}", True, device)
+        if not kept:
+            _run_forward(problem, f"bfloat16_rank{columns}", device, makes="states")
         _run_backward(problem, f"bfloat16_rank{columns}", columns // 16, device)
     drows, ddt_weight, ddt_bias, dA, dD = (
         view.sum(dim) if view.shape[dim] > 1 else view.select(dim, 0)
