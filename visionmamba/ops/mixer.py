@@ -17,6 +17,7 @@ from visionmamba.ops.cuda.mixer import (
     fused_block,
     mixer_backward,
     mixer_forward,
+    num_kept_states,
     pack_mixer,
     sizes_of_mixer,
 )
@@ -98,7 +99,7 @@ vars(_has_kernels)["_dynamo_marked_constant"] = True
 
 
 _GIVEN = ", ".join(f"Tensor {name}" for name in ("hidden", *PARAMETERS))
-_KEPT = ("xz", "projected", "y", "half", "single")
+_KEPT = ("xz", "projected", "y", "states", "half", "single")
 """What the kernels keep for the backward, besides the arguments."""
 
 
@@ -138,6 +139,7 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         hidden.new_empty(batch, length, 2 * sizes.d_inner),
         hidden.new_empty(2, batch, length, sizes.projected_width),
         hidden.new_empty(2, batch, length, sizes.d_inner),
+        hidden.new_empty(num_kept_states(batch, length, sizes.d_inner), dtype=torch.bfloat16),
         hidden.new_empty(half),
         hidden.new_empty(single, dtype=torch.float32),
     )
@@ -146,9 +148,11 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 @torch.library.impl("visionmamba::fused_mixer_backward", "cuda")
 def _(dout: Tensor, *rest: Any) -> list[Tensor]:
     """Return the gradients of hidden and of the parameters, in the order and dtypes given."""
-    xz, projected, y, half, single, hidden, *parameters, scale = rest
+    xz, projected, y, states, half, single, hidden, *parameters, scale = rest
     packed = PackedMixer(sizes_of_mixer(parameters), half, single)
-    gradients = mixer_backward(dout, hidden.contiguous(), packed, xz, projected, y, scale=scale)
+    gradients = mixer_backward(
+        dout, hidden.contiguous(), packed, xz, projected, y, states, scale=scale
+    )
     dtype = parameters[0].dtype
     return [gradients[0], *(gradient.to(dtype) for gradient in gradients[1:])]
 

@@ -24,7 +24,11 @@ from visionmamba.ops.cuda.projections import (
     supports_gate_project,
     supports_norm_project,
 )
-from visionmamba.ops.cuda.scan import mixer_scan_backward, mixer_scan_forward
+from visionmamba.ops.cuda.scan import (
+    mixer_scan_backward,
+    mixer_scan_forward,
+    num_state_values,
+)
 
 PARAMETERS = (
     "in_weight",
@@ -114,6 +118,7 @@ def _views(flat: Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_PIECES, _PACK_THREADS = 16, 256
+_TOKENS_WITH_STATES = 1 << 15
 
 
 class _Piece(ctypes.Structure):
@@ -179,19 +184,23 @@ def pack_mixer(parameters: Sequence[Tensor], *, dtype: torch.dtype) -> PackedMix
 
 def mixer_forward(
     hidden: Tensor, packed: PackedMixer, *, scale: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the mixer's output (B, L, D), and xz, projected and y for its backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the mixer's output (B, L, D), and xz, projected, y and states for its backward.
 
     Args:
         hidden: (B, L, D) contiguous, in the dtype of the packed weights.
         packed: the parameters.
         scale: factor of the sum of both directions.
-        keep: whether a backward follows; y then holds the sum of both scans and the gated sum.
+        keep: whether a backward follows; y then holds the sum of both scans and the gated sum,
+            and states has num_kept_states values.
     """
     d_inner = packed.sizes.d_inner
     xz = F.linear(hidden, packed.in_weight)  # (B, L, 2E)
     x, z = xz[..., :d_inner], xz[..., d_inner:]
     u, projected = _convolve_and_project(x, packed)
+    batch, length, _ = hidden.shape
+    num_kept = num_kept_states(batch, length, d_inner) if keep else 0
+    states = hidden.new_empty(num_kept, dtype=torch.bfloat16)
     y = mixer_scan_forward(
         u,
         projected,
@@ -201,9 +210,19 @@ def mixer_forward(
         packed.D,
         rank=packed.sizes.dt_rank,
         out=u,
+        states=states if len(states) else None,
     )
     gated = gate_forward(y, z, scale, keep_sum=keep)
-    return F.linear(gated, packed.out_weight), xz, projected, y
+    return F.linear(gated, packed.out_weight), xz, projected, y, states
+
+
+def num_kept_states(batch: int, length: int, d_inner: int) -> int:
+    """Return how many values of the scans' states a forward keeps for its backward.
+
+    3 KiB a token of Vim-Ti, and a fifth of the backward's time: kept where that is little memory.
+    """
+    most = _TOKENS_WITH_STATES
+    return num_state_values(batch, length, d_inner) if batch * length <= most else 0
 
 
 def _project(u: Tensor, weight: Tensor) -> Tensor:
@@ -219,6 +238,7 @@ def mixer_backward(
     xz: Tensor,
     projected: Tensor,
     y: Tensor,
+    states: Tensor,
     *,
     scale: float,
 ) -> list[Tensor]:
@@ -228,7 +248,7 @@ def mixer_backward(
 
     Args:
         dout: (B, L, D), the gradient of the output.
-        hidden, packed, xz, projected, y: what the forward was given and returned, keep=True.
+        hidden, packed, xz, projected, y, states: what the forward was given and returned.
     """
     sizes = packed.sizes
     d_inner, d_state, rank = sizes.d_inner, sizes.d_state, sizes.dt_rank
@@ -242,7 +262,15 @@ def mixer_backward(
     del dgated
     u = conv_forward(x, packed.conv_weight, packed.conv_bias, (False, True), True)
     du, dprojected, ddt_weight, ddt_bias, dA, dD = mixer_scan_backward(
-        dscan, u, projected, packed.dt_weight, packed.dt_bias, packed.A, packed.D, rank=rank
+        dscan,
+        u,
+        projected,
+        packed.dt_weight,
+        packed.dt_bias,
+        packed.A,
+        packed.D,
+        rank=rank,
+        states=states if len(states) else None,
     )
     dprojected = dprojected.to(u.dtype).flatten(1, 2)  # (2, B L, P)
     width = rank + 2 * d_state
