@@ -68,7 +68,7 @@ def test_measures_the_models_and_writes_files(
 
 def test_a_case_over_the_memory_limit_is_kept_and_marked(tmp_path: Path) -> None:
     settings = Efficiency(
-        resolutions=(512,), repeats=1, device="cpu", memory_limit_gb=0.01, out=tmp_path
+        resolutions=(192,), repeats=1, device="cpu", memory_limit_gb=0.001, out=tmp_path
     )
     result = settings.run()
     assert [row.status for row in result.measurements] == ["out of memory"] * 2
