@@ -117,8 +117,11 @@ def test_opcheck(with_residual, device):
     arguments = (x, weight, residual if with_residual else None, 1e-5)
     torch.library.opcheck(torch.ops.visionmamba.rms_norm, arguments)
     ones = torch.ones_like(x)
-    dtotal, residual_dtype = (ones, torch.bfloat16) if with_residual else (None, None)
-    backward = (ones, dtotal, x.detach(), weight.detach(), 1e-5, torch.float32, residual_dtype)
+    given = (x.detach(), weight.detach(), 1e-5)
+    if with_residual:
+        backward = (ones.bfloat16(), ones, *given, torch.bfloat16, torch.float32)
+    else:
+        backward = (ones, None, *given, torch.float32, None)
     torch.library.opcheck(torch.ops.visionmamba.rms_norm_backward, backward)
 
 
