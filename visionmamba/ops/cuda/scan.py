@@ -27,7 +27,7 @@ _MANY = 8
 _SEQUENCES_AT_ONCE, _BACKWARDS_AT_ONCE = 20, 12
 """Such warps of a multiprocessor. A launch that fills the GPU may start before the kernel before it
 has ended; a smaller one would crowd on the first multiprocessors that are free."""
-_SHORTEST_CHUNKED = 64
+_SHORTEST_CHUNKED = 512
 """Tokens from which on a lone sequence is cut in chunks."""
 _SCRATCH_BYTES = 1 << 30
 _FORWARD_READS, _BACKWARD_READS = (2, 2), (8, 4)
