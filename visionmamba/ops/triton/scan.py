@@ -41,8 +41,8 @@ class Tiling:
     """Programs wanted for each multiprocessor; long sequences are cut until there are as many."""
 
 
-FORWARD = Tiling(tokens=8, channels=32, lanes=32, warps=1, stages=2, programs=8)
-BACKWARD = Tiling(tokens=4, channels=16, lanes=8, warps=1, stages=2, programs=16)
+FORWARD = Tiling(tokens=8, channels=32, lanes=32, warps=1, stages=3, programs=8)
+BACKWARD = Tiling(tokens=4, channels=16, lanes=8, warps=1, stages=3, programs=16)
 _SHORTEST_CHUNK = 64
 _FOLD = {"BLOCK": 128, "AT_ONCE": 8}
 
