@@ -38,9 +38,19 @@ struct alignas(T::PAIR_BYTES *PAIRS) Pack {
   __device__ __forceinline__ float get(int c) const { return c % 2 ? T::second(v[c / 2]) : T::first(v[c / 2]); }
 };
 
-__device__ __forceinline__ float sigmoid(float v) {
+// Weights and sums are kept in units that make SiLU short: v / 2 for silu(v) = v / 2 (1 + tanh(v / 2)), whose tanh is right
+// to 2^-11, or v UNIT, so that exp(-v) is a bare ex2.
+constexpr float UNIT = -LOG2E;
+
+__device__ __forceinline__ float tanh_near(float v) {
   float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + ex2(-LOG2E * v)));
+  asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+// Return sigmoid(v) / UNIT of v UNIT.
+__device__ __forceinline__ float opening(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaf(UNIT, ex2(v), UNIT)));
   return r;
 }
 
@@ -59,6 +69,14 @@ struct Run {
   }
 };
 
+// Whether a group of tokens lies whole inside the run and the sequence, so that nothing is to be checked.
+struct Inside {
+  static constexpr bool VALUE = true;
+};
+struct AtEdge {
+  static constexpr bool VALUE = false;
+};
+
 // One tensor's tokens at a lane's channels.
 template <class T, int PAIRS, class Pointer>
 struct Tokens {
@@ -68,10 +86,18 @@ struct Tokens {
       : first(p + at.batch * batch + at.channel * (T::PAIR_BYTES / 2) + (reverse ? (i64)(length - 1) * token : 0)),
         step(reverse ? -token : token),
         length(length) {}
+  template <bool INSIDE = false>
   __device__ __forceinline__ Pack<T, PAIRS> load(int t) const {  // zeros outside
+    if (INSIDE) return *(const Pack<T, PAIRS> *)(first + (i64)t * step);
     Pack<T, PAIRS> r = {};
     if (t >= 0 && t < length) r = *(const Pack<T, PAIRS> *)(first + (i64)t * step);
     return r;
+  }
+  __device__ __forceinline__ void fetch(Pack<T, PAIRS> *to, int t) const {  // asynchronously; zeros outside
+    constexpr int BYTES = sizeof(Pack<T, PAIRS>);
+    const u32 at = (u32)__cvta_generic_to_shared(to), bytes = t >= 0 && t < length ? BYTES : 0;
+    const char *const from = first + (i64)t * step;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(at), "l"(from), "r"(bytes), "n"(BYTES) : "memory");
   }
   __device__ __forceinline__ void store(int t, const float (&v)[2 * PAIRS]) const {
     Pack<T, PAIRS> r;
@@ -85,22 +111,27 @@ template <class T, int TAPS, int PAIRS>
 struct Weights {
   static constexpr int CHANNELS = 2 * PAIRS;
   float tap[TAPS][CHANNELS], bias[CHANNELS];
-  __device__ __forceinline__ Weights(const Convolution &p, int direction, int channel) {
+  __device__ __forceinline__ Weights(const Convolution &p, int direction, int channel, float unit) {
     const float *const weight = p.weight[direction], *const b = p.bias[direction];
     const bool valid = channel < p.channels;
 #pragma unroll
     for (int c = 0; c < CHANNELS; c++) {
+      bias[c] = valid && b != nullptr ? unit * b[channel + c] : 0.f;
+      if (TAPS == 4 && p.taps == 4) {
+        const float4 row = valid ? ((const float4 *)weight)[channel + c] : make_float4(0.f, 0.f, 0.f, 0.f);
+        tap[0][c] = unit * row.x, tap[1][c] = unit * row.y, tap[2][c] = unit * row.z, tap[3][c] = unit * row.w;
+        continue;
+      }
 #pragma unroll
       for (int k = 0; k < TAPS; k++) {  // fewer taps: zeros for the farthest
         const int given = k - (TAPS - p.taps);
-        tap[k][c] = valid && given >= 0 ? weight[(channel + c) * p.taps + given] : 0.f;
+        tap[k][c] = valid && given >= 0 ? unit * weight[(channel + c) * p.taps + given] : 0.f;
       }
-      bias[c] = valid && b != nullptr ? b[channel + c] : 0.f;
     }
   }
 };
 
-template <class T, int TAPS, int PAIRS, int DIRECTIONS, bool SILU>
+template <class T, int TAPS, int PAIRS, int DIRECTIONS, bool QUICK>
 __device__ __forceinline__ void conv_forward(const Convolution &p) {
   constexpr int CHANNELS = 2 * PAIRS, REACH = TAPS - 1, AHEAD = DIRECTIONS == 2 ? REACH : 0, STEP = 4;
   wait_for_kernel_before();
@@ -117,14 +148,16 @@ __device__ __forceinline__ void conv_forward(const Convolution &p) {
   for (int j = 0; j < REACH + AHEAD; j++) window[j] = x.load(at.start - REACH + j);
 #pragma unroll
   for (int j = 0; j < STEP; j++) next[j] = x.load(at.start + AHEAD + j);
-  const Weights<T, TAPS, PAIRS> weights[2] = {{p, 0, at.channel}, {p, DIRECTIONS - 1, at.channel}};
-#pragma unroll 1
-  for (int t = at.start; t < at.stop; t += STEP) {
+  const float unit = !QUICK && !p.silu ? 1.f : T::EXACT ? UNIT : 0.5f;
+  const Weights<T, TAPS, PAIRS> weights[2] = {{p, 0, at.channel, unit}, {p, DIRECTIONS - 1, at.channel, unit}};
+  int t = at.start;
+  const auto group = [&](auto place) {
+    constexpr bool INSIDE = decltype(place)::VALUE;
 #pragma unroll
     for (int j = 0; j < STEP; j++) window[REACH + AHEAD + j] = next[j];
-    if (t + STEP < at.stop) {
+    if (INSIDE || t + STEP < at.stop) {
 #pragma unroll
-      for (int j = 0; j < STEP; j++) next[j] = x.load(t + STEP + AHEAD + j);
+      for (int j = 0; j < STEP; j++) next[j] = x.template load<INSIDE>(t + STEP + AHEAD + j);
     }
 #pragma unroll
     for (int d = 0; d < DIRECTIONS; d++)
@@ -137,20 +170,32 @@ __device__ __forceinline__ void conv_forward(const Convolution &p) {
 #pragma unroll
           for (int k = 0; k < TAPS; k++)
             sum[c] = fmaf(weights[d].tap[k][c], window[d == 0 ? i + k : i + 2 * REACH - k].get(c), sum[c]);
-          if (SILU || p.silu) sum[c] *= sigmoid(sum[c]);
+          if (QUICK || p.silu)
+            sum[c] = T::EXACT ? sum[c] * opening(sum[c]) : fmaf(sum[c], tanh_near(sum[c]), sum[c]);
         }
-        if (t + i < at.stop) y[d].store(t + i, sum);
+        if (INSIDE || t + i < at.stop) y[d].store(t + i, sum);
       }
 #pragma unroll
     for (int j = 0; j < REACH + AHEAD; j++) window[j] = window[j + STEP];
+    t += STEP;
+  };
+#pragma unroll 1
+  while (t < at.stop) {
+    if (QUICK && t + STEP <= at.stop && t + 2 * STEP + AHEAD <= p.length)
+      group(Inside());
+    else
+      group(AtEdge());
   }
 }
 
-template <class T, int TAPS, int PAIRS, int DIRECTIONS, bool SILU>
+template <class T, int TAPS, int PAIRS, int DIRECTIONS, bool QUICK>
 __device__ __forceinline__ void conv_backward(const Convolution &p) {
   constexpr int CHANNELS = 2 * PAIRS, REACH = TAPS - 1;
   constexpr int SUMS = DIRECTIONS * (TAPS + 1);
-  __shared__ float sums[WARPS][SUMS][CHANNELS][32];
+  __shared__ union {
+    Pack<T, PAIRS> fetched[2][1 + DIRECTIONS][TAPS][32 * WARPS];  // x and dy of a group and of the next, a lane its own
+    float sums[WARPS][SUMS][CHANNELS][32];
+  } shared;
   wait_for_kernel_before();
   let_next_kernel_start();
   const Run<T, PAIRS> at(p);
@@ -160,7 +205,8 @@ __device__ __forceinline__ void conv_backward(const Convolution &p) {
   const Tokens<T, PAIRS, char *> dx(p.dx, at, p.dx_batch, p.dx_token, p.length, p.reverse);
   const Tokens<T, PAIRS, const char *> dy[2] = {{p.dy[0], at, sequence, token, p.length, p.reverse},
                                                 {p.dy[DIRECTIONS - 1], at, sequence, token, p.length, p.reverse}};
-  const Weights<T, TAPS, PAIRS> weights[2] = {{p, 0, at.channel}, {p, DIRECTIONS - 1, at.channel}};
+  const float unit = QUICK || p.silu ? UNIT : 1.f;
+  const Weights<T, TAPS, PAIRS> weights[2] = {{p, 0, at.channel, unit}, {p, DIRECTIONS - 1, at.channel, unit}};
   // the last TAPS tokens of x and of the gradients before SiLU, token s at s % TAPS counted from the run's start
   float values[TAPS][CHANNELS], inner[2][TAPS][CHANNELS], dtap[DIRECTIONS][TAPS][CHANNELS], dbias[DIRECTIONS][CHANNELS];
 #pragma unroll
@@ -178,33 +224,36 @@ __device__ __forceinline__ void conv_backward(const Convolution &p) {
 #pragma unroll
       for (int c = 0; c < CHANNELS; c++) values[j + 1][c] = v.get(c);
     }
-#pragma unroll 1
-    for (int first = at.start; first < at.stop + REACH; first += TAPS) {
-      Pack<T, PAIRS> xs[TAPS], dys[DIRECTIONS][TAPS];
+    const auto fetch = [&](int first, int stage) {
 #pragma unroll
       for (int i = 0; i < TAPS; i++) {
-        xs[i] = x.load(first + i), dys[0][i] = dy[0].load(first + i);
-        if (DIRECTIONS == 2) dys[DIRECTIONS - 1][i] = dy[1].load(first + i - REACH);
+        x.fetch(&shared.fetched[stage][0][i][threadIdx.x], first + i);
+        dy[0].fetch(&shared.fetched[stage][1][i][threadIdx.x], first + i);
+        if (DIRECTIONS == 2) dy[1].fetch(&shared.fetched[stage][DIRECTIONS][i][threadIdx.x], first + i - REACH);
       }
+    };
+    const auto group = [&](int first, int stage, auto place) {
+      constexpr bool INSIDE = decltype(place)::VALUE;
 #pragma unroll
       for (int i = 0; i < TAPS; i++) {
         const int s = first + i;
+        const bool writes = INSIDE || (s - REACH >= at.start && s - REACH < at.stop);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; c++) values[i][c] = xs[i].get(c);
+        for (int c = 0; c < CHANNELS; c++) values[i][c] = shared.fetched[stage][0][i][threadIdx.x].get(c);
 #pragma unroll
         for (int d = 0; d < DIRECTIONS; d++) {
           // forward: token s, tap k meets s - REACH + k; reversed: token s - REACH, tap k meets s - k
-          const bool counts = d == 0 ? s < at.stop : s - REACH >= at.start && s - REACH < at.stop;
+          const bool counts = INSIDE || (d == 0 ? s < at.stop : writes);
 #pragma unroll
           for (int c = 0; c < CHANNELS; c++) {
-            float gradient = dys[d][i].get(c);
-            if (SILU || p.silu) {
+            float gradient = shared.fetched[stage][1 + d][i][threadIdx.x].get(c);
+            if (QUICK || p.silu) {
               float sum = weights[d].bias[c];
 #pragma unroll
               for (int k = 0; k < TAPS; k++)
                 sum = fmaf(weights[d].tap[k][c], values[(d == 0 ? i + 1 + k : i + TAPS - k) % TAPS][c], sum);
-              const float gate = sigmoid(sum);
-              gradient *= fmaf(sum * gate, 1.f - gate, gate);
+              const float open = opening(sum);  // silu'(v) / UNIT = open (1 + v (1 - sigmoid(v)))
+              gradient *= open * fmaf(sum, 1.f / UNIT - open, 1.f);
             }
             inner[d][(i + d) % TAPS][c] = gradient;
             const float counted = counts ? gradient : 0.f;
@@ -224,18 +273,34 @@ __device__ __forceinline__ void conv_backward(const Convolution &p) {
             if (DIRECTIONS == 2) sum[c] = fmaf(weights[1].tap[k][c], inner[1][(i + 2 + k) % TAPS][c], sum[c]);
           }
         }
-        if (s - REACH >= at.start && s - REACH < at.stop) dx.store(s - REACH, sum);
+        if (writes) dx.store(s - REACH, sum);
       }
+    };
+    fetch(at.start, 0);
+    asm volatile("cp.async.commit_group;");
+    int stage = 0;
+#pragma unroll 1
+    for (int first = at.start; first < at.stop + REACH; first += TAPS) {
+      if (first + TAPS < at.stop + REACH) fetch(first + TAPS, stage ^ 1);
+      asm volatile("cp.async.commit_group;");
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      if (QUICK && first > at.start && first + TAPS <= at.stop)
+        group(first, stage, Inside());
+      else
+        group(first, stage, AtEdge());
+      stage ^= 1;
     }
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
   }
+  __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int d = 0; d < DIRECTIONS; d++)
 #pragma unroll
     for (int c = 0; c < CHANNELS; c++) {
 #pragma unroll
-      for (int k = 0; k < TAPS; k++) sums[warp][d * (TAPS + 1) + k][c][lane] = dtap[d][k][c];
-      sums[warp][d * (TAPS + 1) + TAPS][c][lane] = dbias[d][c];
+      for (int k = 0; k < TAPS; k++) shared.sums[warp][d * (TAPS + 1) + k][c][lane] = unit * dtap[d][k][c];
+      shared.sums[warp][d * (TAPS + 1) + TAPS][c][lane] = unit * dbias[d][c];
     }
   __syncthreads();
   if (at.channel >= p.channels) return;
@@ -244,7 +309,7 @@ __device__ __forceinline__ void conv_backward(const Convolution &p) {
     const int d = n / (CHANNELS * (TAPS + 1)), k = n / CHANNELS % (TAPS + 1), c = n % CHANNELS;
     float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += sums[w][d * (TAPS + 1) + k][c][lane];
+    for (int w = 0; w < WARPS; w++) sum += shared.sums[w][d * (TAPS + 1) + k][c][lane];
     const int channel = d * p.channels + at.channel + c, given = k - (TAPS - p.taps);
     if (k == TAPS)
       row[DIRECTIONS * p.channels * p.taps + channel] = sum;
@@ -277,20 +342,20 @@ extern "C" __global__ void __launch_bounds__(1024) conv_sum_kernel(const __grid_
 }
 
 // quick: 4 taps or fewer, SiLU, channels in fours; general: 8 taps or fewer, channels in pairs
-#define KERNELS(NAME, T, TAPS, PAIRS, DIRECTIONS, SILU)                                                              \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                           \
+#define KERNELS(NAME, T, TAPS, PAIRS, DIRECTIONS, QUICK, FORWARD_BLOCKS, BACKWARD_BLOCKS)                            \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS)                                           \
       conv_forward_kernel_##NAME##_##DIRECTIONS(const __grid_constant__ Convolution p) {                             \
-    conv_forward<T, TAPS, PAIRS, DIRECTIONS, SILU>(p);                                                               \
+    conv_forward<T, TAPS, PAIRS, DIRECTIONS, QUICK>(p);                                                              \
   }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                           \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS)                                          \
       conv_backward_kernel_##NAME##_##DIRECTIONS(const __grid_constant__ Convolution p) {                            \
-    conv_backward<T, TAPS, PAIRS, DIRECTIONS, SILU>(p);                                                              \
+    conv_backward<T, TAPS, PAIRS, DIRECTIONS, QUICK>(p);                                                             \
   }
-#define ALL(NAME, T)                      \
-  KERNELS(quick_##NAME, T, 4, 2, 1, true) \
-  KERNELS(quick_##NAME, T, 4, 2, 2, true) \
-  KERNELS(general_##NAME, T, 8, 1, 1, false) \
-  KERNELS(general_##NAME, T, 8, 1, 2, false)
-ALL(bfloat16, Bf16)
-ALL(float16, Fp16)
-ALL(float32, Fp32)
+#define ALL(NAME, T, FORWARD_BLOCKS, BACKWARD_BLOCKS)                                       \
+  KERNELS(quick_##NAME, T, 4, 2, 1, true, FORWARD_BLOCKS, BACKWARD_BLOCKS)                  \
+  KERNELS(quick_##NAME, T, 4, 2, 2, true, FORWARD_BLOCKS, BACKWARD_BLOCKS)                  \
+  KERNELS(general_##NAME, T, 8, 1, 1, false, 4, 2)                                          \
+  KERNELS(general_##NAME, T, 8, 1, 2, false, 4, 2)
+ALL(bfloat16, Bf16, 5, 3)
+ALL(float16, Fp16, 5, 3)
+ALL(float32, Fp32, 4, 2)

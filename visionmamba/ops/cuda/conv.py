@@ -20,12 +20,13 @@ _FORWARD_WARPS, _BACKWARD_WARPS = 20, 12
 """Warps of a multiprocessor that share the tokens."""
 
 _Tensors = Tensor | Sequence[Tensor]
+_Addresses = ctypes.c_void_p * 2
 
 
 class _Convolution(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
-        *((name, ctypes.c_void_p * 2) for name in ("weight", "bias", "y", "dy")),
+        *((name, _Addresses) for name in ("weight", "bias", "y", "dy")),
         *((name, ctypes.c_void_p) for name in ("dx", "partials")),
         *((name, ctypes.c_int64) for name in ("x_batch", "dx_batch")),
         *((name, ctypes.c_int32) for name in ("x_token", "dx_token", "batch", "length")),
@@ -111,9 +112,9 @@ def conv_backward(
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     problem, x, kind = _problem(x, weights, biases, reverses, silu, dx)
     problem.dy = _addresses(dus)
-    size = dx.element_size()
-    problem.dx = dx.data_ptr()
-    problem.dx_batch, problem.dx_token = dx.stride(0) * size, dx.stride(1) * size
+    problem.dx, size = dx.data_ptr(), dx.element_size()
+    batch, token, _ = dx.stride()
+    problem.dx_batch, problem.dx_token = batch * size, token * size
     blocks = _share(problem, x, kind, _BACKWARD_WARPS)
     channels, taps = problem.channels, problem.taps
     dweight = torch.empty((directions, channels, taps), dtype=torch.float32, device=x.device)
@@ -152,22 +153,16 @@ def _problem(
         x, places = x.contiguous(), 0
     if dx is not None:
         places |= _places(dx)
-    batch, length, channels = x.shape
-    taps = weights[0].shape[1]
-    quick = silu and taps <= 4 and channels % 4 == 0 and places % (4 * size) == 0
-    problem = _Convolution(
-        x=x.data_ptr(),
-        weight=_addresses(weights),
-        x_batch=x.stride(0) * size,
-        x_token=x.stride(1) * size,
-        batch=batch,
-        length=length,
-        channels=channels,
-        taps=taps,
-        silu=silu,
-        reverse=reverses == (True,),
-        columns=-(-channels // (128 if quick else 64)),
-    )
+    channels = x.shape[2]
+    taps = weights.shape[2] if isinstance(weights, Tensor) else weights[0].shape[1]
+    problem = _Convolution(x=x.data_ptr(), weight=_addresses(weights))
+    whole = places % (4 * size) == 0 and (problem.weight[0] | (problem.weight[1] or 0)) % 16 == 0
+    quick = silu and taps <= 4 and channels % 4 == 0 and whole
+    problem.batch, problem.length, problem.channels = x.shape
+    batch, token, _ = x.stride()
+    problem.x_batch, problem.x_token = batch * size, token * size
+    problem.taps, problem.silu, problem.reverse = taps, silu, reverses == (True,)
+    problem.columns = -(-channels // (128 if quick else 64))
     if biases is not None:
         problem.bias = _addresses(biases)
     return problem, x, "quick" if quick else "general"
@@ -175,28 +170,27 @@ def _problem(
 
 def _places(tensor: Tensor) -> int:
     """Return the bits of all addresses of rows; all of them where the channels are strided."""
-    if tensor.stride(2) != 1:
-        return -1
-    size = tensor.element_size()
-    return tensor.data_ptr() | tensor.stride(0) * size | tensor.stride(1) * size
+    batch, token, channel = tensor.stride()
+    return tensor.data_ptr() | (batch | token) * tensor.element_size() if channel == 1 else -1
 
 
 def _addresses(tensors: _Tensors) -> ctypes.Array[ctypes.c_void_p]:
     """Return where one or two tensors begin, given apart or as the rows of one."""
     if isinstance(tensors, Tensor):
         first = tensors.data_ptr()
-        return (ctypes.c_void_p * 2)(first, first + tensors.stride(0) * tensors.element_size())
-    return (ctypes.c_void_p * 2)(*(tensor.data_ptr() for tensor in tensors))
+        return _Addresses(first, first + tensors.stride(0) * tensors.element_size())
+    return _Addresses(*[tensor.data_ptr() for tensor in tensors])
 
 
 def _share(problem: _Convolution, x: Tensor, kind: str, warps: int) -> int:
     """Cut the tokens into runs for so many warps a multiprocessor; return the blocks."""
+    batch, length, columns = problem.batch, problem.length, problem.columns
     step = 4 if kind == "quick" else 8
-    in_all = warps * kernels("conv", x.device).num_multiprocessors
-    wanted = max(in_all // (problem.batch * problem.columns), 1)
-    problem.run = -(-problem.length // (wanted * step)) * step
-    problem.runs = -(-problem.length // problem.run)
-    blocks: int = -(-problem.batch * problem.runs // _WARPS) * problem.columns
+    wanted = warps * kernels("conv", x.device).num_multiprocessors // (batch * columns)
+    run = -(-length // (max(wanted, 1) * step)) * step
+    runs = -(-length // run)
+    problem.run, problem.runs = run, runs
+    blocks: int = -(-batch * runs // _WARPS) * columns
     return blocks
 
 
