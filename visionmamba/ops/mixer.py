@@ -139,7 +139,7 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         hidden.new_empty(batch, length, 2 * sizes.d_inner),
         hidden.new_empty(2, batch, length, sizes.projected_width),
         hidden.new_empty(2, batch, length, sizes.d_inner),
-        hidden.new_empty(num_kept_states(batch, length, sizes.d_inner), dtype=torch.bfloat16),
+        hidden.new_empty(num_kept_states(hidden, sizes.d_inner), dtype=torch.bfloat16),
         hidden.new_empty(half),
         hidden.new_empty(single, dtype=torch.float32),
     )

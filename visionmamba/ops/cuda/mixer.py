@@ -25,6 +25,7 @@ from visionmamba.ops.cuda.projections import (
     supports_norm_project,
 )
 from visionmamba.ops.cuda.scan import (
+    STATES,
     mixer_scan_backward,
     mixer_scan_forward,
     num_state_values,
@@ -198,8 +199,7 @@ def mixer_forward(
     xz = F.linear(hidden, packed.in_weight)  # (B, L, 2E)
     x, z = xz[..., :d_inner], xz[..., d_inner:]
     u, projected = _convolve_and_project(x, packed)
-    batch, length, _ = hidden.shape
-    num_kept = num_kept_states(batch, length, d_inner) if keep else 0
+    num_kept = num_kept_states(hidden, d_inner) if keep else 0
     states = hidden.new_empty(num_kept, dtype=torch.bfloat16)
     y = mixer_scan_forward(
         u,
@@ -216,13 +216,17 @@ def mixer_forward(
     return F.linear(gated, packed.out_weight), xz, projected, y, states
 
 
-def num_kept_states(batch: int, length: int, d_inner: int) -> int:
-    """Return how many values of the scans' states a forward keeps for its backward.
+def num_kept_states(hidden: Tensor, d_inner: int) -> int:
+    """Return how many values of the scans' states a forward of hidden keeps for its backward.
 
-    3 KiB a token of Vim-Ti, and a fifth of the backward's time: kept where that is little memory.
+    3 KiB a token of Vim-Ti save a fifth of the backward's time, more where few sequences leave
+    the GPU half empty: kept for few tokens and for few sequences.
     """
-    most = _TOKENS_WITH_STATES
-    return num_state_values(batch, length, d_inner) if batch * length <= most else 0
+    batch, length, _ = hidden.shape
+    tiles = 2 * batch * (d_inner // STATES)
+    multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    is_small = batch * length <= _TOKENS_WITH_STATES or tiles < 2 * multiprocessors
+    return num_state_values(batch, length, d_inner) if is_small else 0
 
 
 def _project(u: Tensor, weight: Tensor) -> Tensor:

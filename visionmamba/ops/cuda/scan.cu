@@ -318,11 +318,6 @@ __device__ __forceinline__ float2 pair_of(const float *p, int channel, bool vali
 __device__ __forceinline__ void wait_for(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void hand_to(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
 
-// The launch and the start of every kernel overlap with the end of the one before.
-__device__ __forceinline__ void follow_kernel_before() {
-  wait_for_kernel_before();
-  let_next_kernel_start();
-}
 // Number of this thread's warp, known to be the same in all its lanes.
 __device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(threadIdx.x >> 5), 0); }
 
@@ -330,7 +325,7 @@ __device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(t
 template <class T, int RANK, bool SOFTPLUS, bool Y, bool STATES>
 __device__ __forceinline__ void scan_forward(const Problem &p) {
   __shared__ float4 slots[MAX_RINGS * WARPS][64];
-  follow_kernel_before();
+  wait_for_kernel_before();
   const Lane l;
   const int warp = warp_of_block(), ring = warp / WARPS, w = warp % WARPS, next = w + 1 == WARPS ? 0 : w + 1;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + ring;
@@ -423,7 +418,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
 // The same with one warp a sequence tile: for many sequences.
 template <class T, int RANK, bool SOFTPLUS, bool Y, bool STATES>
 __device__ __forceinline__ void scan_sequence(const Problem &p) {
-  follow_kernel_before();
+  wait_for_kernel_before();
   const Lane l;
   const Place at(p, blockIdx.x, l);
   const Direction &d = p.direction[at.direction];
@@ -471,7 +466,7 @@ template <class T, int RANK, bool SOFTPLUS>
 __device__ __forceinline__ void scan_chunks(const Problem &p) {
   __shared__ float4 ends[MAX_RINGS * PARTS][64];
   __shared__ float2 sums[MAX_RINGS * PARTS][32];
-  follow_kernel_before();
+  wait_for_kernel_before();
   const Lane l;
   const int warp = warp_of_block(), ring = warp / PARTS, w = warp % PARTS;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * PARTS)) + ring;
@@ -630,7 +625,7 @@ template <int RANK, bool SOFTPLUS, bool RING>
 __device__ __forceinline__ void scan_backward(const Problem &p) {
   extern __shared__ float4 memory[];
   typedef Bf16 T;
-  follow_kernel_before();
+  wait_for_kernel_before();
   typedef Stage<RANK> S;
   constexpr int STEP = RING ? WARPS : 1, K_STEPS = RANK ? RANK : 1;
   const Lane l;
