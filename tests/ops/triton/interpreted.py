@@ -121,9 +121,11 @@ def test_strided_views_are_read_in_place():
     assert_scan_agrees(inputs, reverse=False)
 
 
-def test_columns_that_do_not_lie_side_by_side():
+def test_channels_that_do_not_lie_side_by_side():
     inputs = scan_inputs(5, batch=1, d_inner=3, d_state=2)
     inputs["x"] = inputs["x"].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs["A"] = inputs["A"].T.contiguous().T
+    inputs["D"], inputs["dt_bias"] = (inputs[name][:1].expand(3) for name in ("D", "dt_bias"))
     assert_scan_agrees(inputs, reverse=False)
 
 

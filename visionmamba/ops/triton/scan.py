@@ -79,6 +79,8 @@ def selective_scan_triton(
     """
     x, dt, B, C = _rows(x), _rows(dt), _rows(B), _rows(C)
     A = A.contiguous()
+    D = None if D is None else D.contiguous()
+    dt_bias = None if dt_bias is None else dt_bias.contiguous()
     z = None if z is None else _rows(z)
     batch, length, channels = x.shape
     d_state = A.shape[1]
@@ -125,6 +127,8 @@ def selective_scan_backward_triton(
     """
     dy, x, dt, B, C = _rows(dy), _rows(x), _rows(dt), _rows(B), _rows(C)
     A = A.contiguous()
+    D = None if D is None else D.contiguous()
+    dt_bias = None if dt_bias is None else dt_bias.contiguous()
     z = None if z is None else _rows(z)
     batch, length, channels = x.shape
     d_state = A.shape[1]
