@@ -73,3 +73,38 @@ def test_pictures_on_the_wrong_device_are_refused():
 def test_weights_go_to_the_gpu_by_themselves(tmp_path):
     save(VimConfig(image_size=32, patch_size=8, d_model=32, depth=1).build(), tmp_path / "w")
     assert next(load(tmp_path / "w").parameters()).is_cuda
+
+
+def gradients_in_bfloat16(model, forward, images):
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = forward(images)
+    logits.float().square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_the_same_gradients_under_ddp():
+    model = VimConfig(image_size=32, patch_size=8, d_model=192, depth=2).build().cuda()
+    images = torch.randn(2, 3, 32, 32, device="cuda")
+    expected = gradients_in_bfloat16(model, model, images)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        actual = gradients_in_bfloat16(
+            model, nn.parallel.DistributedDataParallel(model, device_ids=[0]), images
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient.cpu()) < FLOAT32_TOLERANCE, name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+def test_the_same_gradients_when_compiled():
+    model = VimConfig(image_size=32, patch_size=8, d_model=192, depth=2).build().cuda()
+    images = torch.randn(2, 3, 32, 32, device="cuda")
+    expected = gradients_in_bfloat16(model, model, images)
+    actual = gradients_in_bfloat16(model, torch.compile(model, fullgraph=True), images)
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient.cpu()) < BFLOAT16_TOLERANCE, name
