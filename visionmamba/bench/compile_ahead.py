@@ -8,18 +8,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from visionmamba.bench.cases import Case
 from visionmamba.bench.passes import Pass
 
-_CORES_OF_ONE = 2
+_CORES_OF_ONE, _LONGEST_SECONDS = 2, 120
 
 
 def compile_ahead(cases: Sequence[Case]) -> None:
     """Compile every case in a process of its own.
 
-    One that fails says nothing: it is compiled again, and fails again, when it is measured.
+    One that fails or takes two minutes says nothing: it is compiled again when it is measured, and
+    fails again.
     """
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(max_workers=max(1, cores // _CORES_OF_ONE)) as pool:
@@ -27,13 +29,15 @@ def compile_ahead(cases: Sequence[Case]) -> None:
 
 
 def _compile_elsewhere(case: Case) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "visionmamba.bench.compile_ahead"],
-        input=replace(case, cuda_graphs=False).to_json(),
-        env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(_CORES_OF_ONE)},
-        capture_output=True,
-        text=True,
-    )
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, "-m", "visionmamba.bench.compile_ahead"],
+            input=replace(case, cuda_graphs=False).to_json(),
+            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(_CORES_OF_ONE)},
+            capture_output=True,
+            text=True,
+            timeout=_LONGEST_SECONDS,
+        )
 
 
 if __name__ == "__main__":

@@ -157,9 +157,9 @@ class Efficiency:
 
         console = Console()
         result = self.measure(console)
-        paths = result.save(self.out)
         console.print(to_table(result))
         console.print(result.sentence())
+        paths = result.save(self.out)
         console.print(f"wrote {len(paths)} files: {self.out}/{paths[0].stem}*", highlight=False)
         return result
 

@@ -119,6 +119,7 @@ def capture(step: Callable[[], Output]) -> Callable[[], Output]:
     """
     import torch
 
+    torch.cuda.empty_cache()  # what one stream freed, another cannot take
     side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -216,7 +217,8 @@ def gpu_seconds(run: "Callable[[], object]", number: int) -> float:
     """Return the mean seconds of so many calls on the current GPU by its events."""
     import torch
 
-    begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(number):
         run()

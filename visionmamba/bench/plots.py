@@ -68,8 +68,13 @@ def chart(
     theme: Theme, title: str, *, height_inches: float = 3.9
 ) -> Iterator[tuple["Axes", io.BytesIO]]:
     """Give axes in the house style; the PNG is in the buffer when the block ends."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "the plots need matplotlib; install it with: pip install 'visionmamba[train]'"
+        ) from error
 
     palette = PALETTES[theme]
     figure = Figure(
