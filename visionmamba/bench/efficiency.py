@@ -25,6 +25,7 @@ from visionmamba.bench.compile_ahead import compile_ahead
 from visionmamba.bench.machine import choose_device, describe_machine
 from visionmamba.bench.memory import free_gpu_memory, peak_bytes_on_cpu, prepare_on_gpu
 from visionmamba.bench.passes import (
+    Outputs,
     Pass,
     Spread,
     reference_output,
@@ -34,7 +35,6 @@ from visionmamba.bench.passes import (
 from visionmamba.bench.results import EfficiencyResult, Measurement
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
 _TOGETHER_SHARE = 0.4
@@ -221,7 +221,7 @@ class Efficiency:
         cases = [self._case(model, side, batch, device) for model in self.models]
         found: dict[ModelName, Measurement] = {}
         waiting: list[_Ready] = []
-        references: dict[bool, torch.Tensor] = {}
+        references: dict[bool, Outputs] = {}
         for case in cases:
             if waiting and case.is_on_gpu and _is_crowded():
                 found |= self._time(waiting)
@@ -235,7 +235,7 @@ class Efficiency:
         return [found.get(case.model) or _row(case) for case in cases]
 
     def _prepare(
-        self, case: Case, references: "dict[bool, torch.Tensor]", waiting: "list[_Ready]"
+        self, case: Case, references: "dict[bool, Outputs]", waiting: "list[_Ready]"
     ) -> bool:
         """Load a case, measure its memory and error and let it wait; False when memory ran out.
 

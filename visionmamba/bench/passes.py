@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from visionmamba.bench.cases import (
     NUM_REFERENCE_IMAGES,
@@ -22,6 +22,7 @@ from visionmamba.bench.cases import (
 if TYPE_CHECKING:
     import torch
 
+Outputs: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 Launch = Literal["eager", "graph"]
 """eager: every kernel is launched by Python; graph: the whole pass is one CUDA graph."""
 Key = TypeVar("Key")
@@ -52,7 +53,6 @@ class Pass:
     """
 
     def __init__(self, case: Case) -> None:
-        import torch
 
         from visionmamba.models.optimize import optimize
 
@@ -61,7 +61,7 @@ class Pass:
         """How `run` launches its kernels, once `prepare` has run."""
         self._images = case.build_images()
         self._model = case.build_model()
-        self._run: Callable[[], torch.Tensor] = self._train
+        self._run: Callable[[], Outputs] = self._train
         if case.mode == "infer":
             self._model = optimize(self._model, dtype=case.dtype, cuda_graphs=case.cuda_graphs)
             self._run = self._infer
@@ -84,8 +84,8 @@ class Pass:
                 return
         self.launch = "graph"
 
-    def run(self) -> "torch.Tensor":
-        """Launch one pass and return its logits, or feature maps in one row, without waiting."""
+    def run(self) -> "Outputs":
+        """Launch one pass and return its logits or feature maps, without waiting."""
         return self._run()
 
     def named_gradients(self) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -94,10 +94,11 @@ class Pass:
             if parameter.grad is not None:
                 yield name, parameter.grad
 
-    def _infer(self) -> "torch.Tensor":
-        return _as_one(self._model(self._images))
+    def _infer(self) -> "Outputs":
+        outputs: Outputs = self._model(self._images)
+        return outputs
 
-    def _train(self) -> "torch.Tensor":
+    def _train(self) -> "Outputs":
         import torch
 
         device = self._images.device
@@ -105,10 +106,11 @@ class Pass:
         self._model.zero_grad(set_to_none=True)
         is_half = self.case.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
-            logits = _as_one(self._model(self._images))
+            logits = self._model(self._images)
             loss = torch.nn.functional.cross_entropy(logits, targets)
         torch.autograd.backward(loss)
-        return logits.detach()
+        detached: torch.Tensor = logits.detach()
+        return detached
 
 
 def capture(step: Callable[[], Output]) -> Callable[[], Output]:
@@ -146,7 +148,7 @@ def _side_stream(device: int) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def reference_output(case: Case) -> "torch.Tensor":
+def reference_output(case: Case) -> "Outputs":
     """Return the output for the first images of the batch with everything in float32.
 
     That of the plain Vim or DeiT which the case's model is a variant of.
@@ -157,13 +159,15 @@ def reference_output(case: Case) -> "torch.Tensor":
     name: ModelName = "vim" if is_vim(case.model) else "deit"
     model = replace(case, model=name, mode="infer", precision="float32").build_model()
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        return _as_one(model(images))
+        outputs: Outputs = model(images)
+    return outputs
 
 
-def relative_error(actual: "torch.Tensor", expected: "torch.Tensor") -> float:
-    """Return the relative root-mean-square difference over the rows that `expected` has."""
-    difference = actual[: len(expected)].float() - expected
-    return float(difference.norm() / expected.norm())
+def relative_error(actual: "Outputs", expected: "Outputs") -> float:
+    """Return the relative root-mean-square difference over the images that `expected` has."""
+    wanted = _in_one_row(expected, NUM_REFERENCE_IMAGES)
+    difference = _in_one_row(actual, NUM_REFERENCE_IMAGES) - wanted
+    return float(difference.norm() / wanted.norm())
 
 
 def seconds_in_turns(
@@ -228,10 +232,9 @@ def gpu_seconds(run: "Callable[[], object]", number: int) -> float:
     return milliseconds / 1e3 / number
 
 
-def _as_one(output: "torch.Tensor | tuple[torch.Tensor, ...]") -> "torch.Tensor":
-    """Return logits as they are, and several maps (B, C, h, w) as one row for each image."""
+def _in_one_row(outputs: "Outputs", num_images: int) -> "torch.Tensor":
+    """Return all numbers of the first images, logits or several maps, as one float32 vector."""
     import torch
 
-    if isinstance(output, torch.Tensor):
-        return output
-    return torch.cat([one.flatten(1) for one in output], dim=1)
+    tensors = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    return torch.cat([one[:num_images].float().flatten() for one in tensors])
