@@ -313,8 +313,10 @@ class Vim(nn.Module):
 
     def _run_block(self, i: int, branch: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.activation_checkpointing and torch.is_grad_enabled():
+            block = self.blocks[i]
+            is_random = isinstance(block, VimBlock) and isinstance(block.drop_path, DropPath)
             out: tuple[Tensor, Tensor] = checkpoint(
-                self.blocks[i], branch, residual, use_reentrant=False
+                block, branch, residual, use_reentrant=False, preserve_rng_state=is_random
             )
             return out
         result: tuple[Tensor, Tensor] = self.blocks[i](branch, residual)
