@@ -1,13 +1,33 @@
 // The two projections of a mixer at inference, each one kernel with the pointwise work before it: residual addition,
-// RMSNorm and the projection to x and z; sum of both directions, gate and the projection back. bfloat16 and float16.
+// RMSNorm and the projection to x and z; sum of both directions, gate and the projection back. Vim-Ti's widths (D 192,
+// E 384), bfloat16 and float16, on NVIDIA GPUs from sm_80 on; many tokens on sm_90.
+//
+// us in bfloat16, medians of CUDA graph replays over inputs beyond the L2 cache; H200, driver 580.159.04,
+// torch 2.11.0+cu130, 2026-11-23; norm_project and gate_project of projections.py remake it. Separate: a pointwise kernel
+// and cuBLAS. Bytes: what must be read and written, at 4.28 TB/s.
+//   tokens    norm_project   separate   bytes    gate_project   separate   bytes
+//      197             2.7        4.0     0.2             3.2        4.2     0.1
+//     1576             5.6        6.6     1.3             7.7        6.5     1.0
+//     6085            10.1       12.2     4.9             9.4       11.1     3.8
+//    12608            15.8       20.7    10.2            15.4       17.6     7.9
+//    48680              66         59      39              39         52      31
+//   131080             174        156     106             107        140      82
+// A plain kernel with norm_project's reads and writes takes 45 at 48680 tokens.
+//
+// Plan. Many tokens: a block stays on its multiprocessor with 144 KB of weights in shared memory. Eight warps read tiles
+// of 64 tokens, do the pointwise work in registers and leave the left operand in a ring in shared memory; two warpgroups
+// multiply (wgmma) and store from registers. 768 columns of norm_project are two blocks' work: both read each token, one
+// writes the total. Few tokens: many small blocks of 16 tokens and some of the columns (mma.sync), weights by cp.async.
+// Weights come in before the kernel before has ended.
+// Bytes a token, in bfloat16: norm_project 6 D read, 4 D + 4 E written; gate_project 6 E read, 2 D written.
 
 struct NormProject {
-  const char *branch, *weight;           // (rows, D), (columns, D)
-  const float *residual, *norm_weight;   // (rows, D) or null, (D,)
-  char *out;                             // (rows, columns)
-  float *total;                          // (rows, D)
+  const char *branch, *weight;          // (rows, D), (columns, D)
+  const float *residual, *norm_weight;  // (rows, D) or null, (D,)
+  char *out;                            // (rows, columns)
+  float *total;                         // (rows, D)
   i64 rows;
-  int columns, parts;                    // parts: blocks that share a tile of tokens, each with its columns
+  int columns, parts;  // parts: blocks that share a tile of tokens, each with its columns
   float eps;
 };
 struct GateProject {
@@ -15,12 +35,13 @@ struct GateProject {
   const float *layer_scale;    // (columns,) or null
   char *out;                   // (rows, columns)
   i64 rows, z_row;             // z_row: bytes from row to row
-  int columns, parts, d_inner;
+  int columns, parts;
+  int d_inner;  // E; as a constant in the loads it costs registers, and 8 % at many tokens
   float scale;
 };
 
-constexpr int ATOM = 64;         // numbers of a row of an operand in shared memory: 128 bytes, 16-byte pieces swizzled
-constexpr int WARP_ROWS = 8;     // tokens that a warp makes ready at once
+// An operand in shared memory: rows of 64 numbers, three blocks of them side by side
+constexpr int ATOM = 64, ATOMS = 3, DEPTH = ATOMS * ATOM, D_INNER = 2 * DEPTH;
 
 // Loads that stay where they are written: all of a tile's are in flight before the first is waited for
 __device__ __forceinline__ uint4 load_16(const void *p) {
@@ -44,22 +65,23 @@ __device__ __forceinline__ float4 load_floats(const float *p) {
 // Where a 16-byte piece of a row of 128 bytes lies
 __device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 
-// Columns of a product are computed in an order in which every lane gets 8 neighbouring ones: within 32 columns, lane t of
-// a quad has columns 2t, 2t+1 of four tensor-core tiles of 8, and they are made to be 8t .. 8t+7.
+// Columns of a product are computed in an order in which every lane gets neighbouring ones: lane t of a quad has columns
+// 2t, 2t+1 of each tensor-core tile of 8; those of COUNT tiles are made to be 2 COUNT t .. 2 COUNT t + 2 COUNT - 1.
+template <int COUNT>
 __device__ __forceinline__ int place_of_column(int column) {
-  const int c = column & 31;
-  return (column & ~31) + 8 * ((c & 7) >> 1) + 2 * (c >> 3) + (c & 1);
+  const int c = column % (8 * COUNT);
+  return column - c + 8 * (c % (2 * COUNT) / 2) + 2 * (c / (2 * COUNT)) + c % 2;
 }
 
-// 8 tokens of ROWS of the left operand of norm_project: loaded, then added up, normalised and stored
-template <class T, int ATOMS, int PAIRS>
+// The left operand of norm_project: PAIRS times two tokens of a warp, loaded, then added up, normalised and stored
+template <class T, int PAIRS>
 struct NormRows {
   float4 total[PAIRS][ATOMS];
   uint2 branch[PAIRS][ATOMS];
   __device__ __forceinline__ void load(const NormProject &p, i64 first, int lane) {
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-      const i64 row = min(first + 2 * i + (lane >> 4), p.rows - 1), at = row * (ATOMS * ATOM) + 4 * (lane & 15);
+      const i64 row = min(first + 2 * i + (lane >> 4), p.rows - 1), at = row * DEPTH + 4 * (lane & 15);
 #pragma unroll
       for (int a = 0; a < ATOMS; a++) branch[i][a] = load_8(p.branch + 2 * (at + ATOM * a));
       if (p.residual != nullptr) {
@@ -93,7 +115,7 @@ struct NormRows {
       for (int i = 0; i < PAIRS; i++) squares[i] += __shfl_xor_sync(~0u, squares[i], o);
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-      const float s = rsqrtf(fmaf(squares[i], 1.f / (ATOMS * ATOM), p.eps));
+      const float s = rsqrtf(fmaf(squares[i], 1.f / DEPTH, p.eps));
       char *const at = to + swizzled(row + 2 * i + half, l >> 1) + 8 * (l & 1);
 #pragma unroll
       for (int a = 0; a < ATOMS; a++) {
@@ -109,20 +131,18 @@ struct NormRows {
       const i64 row = first + 2 * i + (lane >> 4);
       if (row < p.rows) {
 #pragma unroll
-        for (int a = 0; a < ATOMS; a++)
-          *(float4 *)(p.total + row * (ATOMS * ATOM) + 4 * (lane & 15) + ATOM * a) = total[i][a];
+        for (int a = 0; a < ATOMS; a++) *(float4 *)(p.total + row * DEPTH + 4 * (lane & 15) + ATOM * a) = total[i][a];
       }
     }
   }
 };
-template <int ATOMS>
 __device__ __forceinline__ void load_norm_weight(float4 (&weight)[ATOMS], const float *from, int lane) {
 #pragma unroll
   for (int a = 0; a < ATOMS; a++) weight[a] = load_floats(from + ATOM * a + 4 * (lane & 15));
 }
 
-// The same of gate_project: 4 tokens, ATOMS x 64 of their columns
-template <class T, int ATOMS>
+// The left operand of gate_project: half the columns of four tokens
+template <class T>
 struct GateRows {
   uint4 forward[ATOMS], backward[ATOMS], z[ATOMS];
   __device__ __forceinline__ void load(const GateProject &p, i64 first, int column, int lane) {
@@ -156,27 +176,37 @@ struct GateRows {
   }
 };
 
-// 8 neighbouring columns of two rows, 8 rows apart, out of four tensor-core tiles
-template <class T>
+template <class T, int PAIRS>
+struct alignas(T::PAIR_BYTES *PAIRS) Pack {
+  typename T::Pair pair[PAIRS];
+};
+
+// A lane's neighbouring columns of two rows, 8 rows apart, out of COUNT tensor-core tiles. left: rows from the first on
+template <class T, int COUNT>
 __device__ __forceinline__ void store_columns(const float *tiles, char *to, i64 row_bytes, i64 left, const float *scale) {
-  float by[8] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
+  float by[2 * COUNT];
+#pragma unroll
+  for (int i = 0; i < 2 * COUNT; i++) by[i] = 1.f;
   if (scale != nullptr) {
-    const float4 a = load_floats(scale), b = load_floats(scale + 4);
-    by[0] = a.x, by[1] = a.y, by[2] = a.z, by[3] = a.w, by[4] = b.x, by[5] = b.y, by[6] = b.z, by[7] = b.w;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 2) {
+      const float4 v = load_floats(scale + 2 * i);
+      by[2 * i] = v.x, by[2 * i + 1] = v.y, by[2 * i + 2] = v.z, by[2 * i + 3] = v.w;
+    }
   }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    u32 v[4];
+    Pack<T, COUNT> v;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      v[i] = T::pack(tiles[4 * i + 2 * h] * by[2 * i], tiles[4 * i + 2 * h + 1] * by[2 * i + 1]);
-    if (8 * h < left) *(uint4 *)(to + h * 8 * row_bytes) = make_uint4(v[0], v[1], v[2], v[3]);
+    for (int i = 0; i < COUNT; i++)
+      v.pair[i] = T::pack(tiles[4 * i + 2 * h] * by[2 * i], tiles[4 * i + 2 * h + 1] * by[2 * i + 1]);
+    if (8 * h < left) *(Pack<T, COUNT> *)(to + h * 8 * row_bytes) = v;
   }
 }
 
-// Few tokens: many small blocks of 32 tokens and some of the columns. The weights come through shared memory in stages of
-// 64 columns x 64 numbers, and start to come before the kernel before has ended.
-constexpr int FEW_ROWS = 32, FEW_COLUMNS = 64, FEW_WARPS = 4, FEW_STAGES = 6;
+// Few tokens: a block has 16 of them and a part of the columns. Four warps make four tokens ready each, then compute 16 of
+// 64 columns each. Weights come in stages of 64 columns x 64 numbers.
+constexpr int FEW_ROWS = 16, FEW_COLUMNS = 64, FEW_WARPS = 4, FEW_STAGES = 6, FEW_COUNT = FEW_COLUMNS / 8 / FEW_WARPS;
 constexpr int FEW_ATOM_BYTES = FEW_ROWS * 128, FEW_STAGE_BYTES = FEW_COLUMNS * 128;
 
 template <class T>
@@ -201,42 +231,44 @@ __device__ __forceinline__ void load_tiles(u32 (&r)[4], const char *p) {
                : "memory");
 }
 
-// A block's columns of the product with the left operand (32 x 64 ATOMS, in shared memory at `left`)
-template <class T>
+// A block's columns of the product with the left operand in shared memory, 64 PIECES numbers deep
+template <class T, int PIECES>
 struct FewColumns {
-  const char *weight;
+  const char *from;  // what this thread fetches next
   char *stages;
-  int atoms, count, first_column, fetched;
-  __device__ __forceinline__ void fetch() {
-    if (fetched < count) {
-      char *const to = stages + fetched % FEW_STAGES * FEW_STAGE_BYTES;
-      const int column = first_column + fetched / atoms * FEW_COLUMNS, atom = fetched % atoms;
-#pragma unroll
-      for (int i = 0; i < FEW_COLUMNS * 8 / (32 * FEW_WARPS); i++) {
-        const int c = (threadIdx.x >> 3) + 4 * FEW_WARPS * i, piece = threadIdx.x & 7;
-        copy_async<16>(to + swizzled(place_of_column(c), piece),
-                       weight + 2 * ((i64)(column + c) * atoms * ATOM + atom * ATOM + 8 * piece), true);
-      }
-    }
-    fetched++;
-    asm volatile("cp.async.commit_group;");
-  }
-  __device__ __forceinline__ FewColumns(const char *weight, char *stages, int atoms, int first_column, int columns)
-      : weight(weight), stages(stages), atoms(atoms), count(columns / FEW_COLUMNS * atoms), first_column(first_column),
-        fetched(0) {
+  int count, first_column, fetched, atom;
+  __device__ __forceinline__ FewColumns(const char *weight, char *stages, int first_column, int columns)
+      : stages(stages), count(columns / FEW_COLUMNS * PIECES), first_column(first_column), fetched(0), atom(0) {
+    from = weight + 2 * ((i64)(first_column + (threadIdx.x >> 3)) * PIECES * ATOM + 8 * (threadIdx.x & 7));
 #pragma unroll
     for (int i = 0; i < FEW_STAGES - 1; i++) fetch();
   }
+  __device__ __forceinline__ void fetch() {
+    constexpr int STEP = 4 * FEW_WARPS, ROW_BYTES = 2 * ATOM * PIECES;  // STEP: columns that the block fetches at once
+    if (fetched < count) {
+      char *const to = stages + fetched % FEW_STAGES * FEW_STAGE_BYTES;
+#pragma unroll
+      for (int i = 0; i < FEW_COLUMNS / STEP; i++) {
+        const int column = (threadIdx.x >> 3) + STEP * i;
+        copy_async<16>(to + swizzled(place_of_column<FEW_COUNT>(column), threadIdx.x & 7), from + STEP * i * ROW_BYTES,
+                       true);
+      }
+    }
+    from += 2 * ATOM;
+    if (++atom == PIECES) atom = 0, from += (FEW_COLUMNS - 1) * ROW_BYTES;
+    fetched++;
+    asm volatile("cp.async.commit_group;");
+  }
   __device__ __forceinline__ void multiply(const char *left, char *out, i64 first_row, i64 rows, int columns,
                                            const float *layer_scale) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int row = 16 * (warp & 1) + (lane & 15), column = 32 * (warp >> 1) + (lane >> 4) * 8 + (lane & 7);
-    float sums[4][4];
+    const int lane = threadIdx.x & 31, first = 8 * FEW_COUNT * (threadIdx.x >> 5);
+    const int column = first + (lane >> 4) * 8 + (lane & 7);
+    float sums[FEW_COUNT][4];
     for (int s = 0; s < count; s++) {
-      const int atom = s % atoms;
+      const int atom = s % PIECES;
       if (atom == 0) {
 #pragma unroll
-        for (int i = 0; i < 16; i++) sums[i >> 2][i & 3] = 0.f;
+        for (int i = 0; i < 4 * FEW_COUNT; i++) sums[i / 4][i % 4] = 0.f;
       }
       asm volatile("cp.async.wait_group %0;" ::"n"(FEW_STAGES - 2) : "memory");
       __syncthreads();
@@ -244,85 +276,77 @@ struct FewColumns {
       const char *const stage = stages + s % FEW_STAGES * FEW_STAGE_BYTES;
 #pragma unroll
       for (int k = 0; k < ATOM / 16; k++) {
-        u32 a[4], b[2][4];
-        load_tiles(a, left + atom * FEW_ATOM_BYTES + swizzled(row, 2 * k + (lane >> 4)));
+        u32 a[4], b[4];
+        load_tiles(a, left + atom * FEW_ATOM_BYTES + swizzled(lane & 15, 2 * k + (lane >> 4)));
+        load_tiles(b, stage + swizzled(column, 2 * k + ((lane >> 3) & 1)));
 #pragma unroll
-        for (int j = 0; j < 2; j++) load_tiles(b[j], stage + swizzled(column + 16 * j, 2 * k + ((lane >> 3) & 1)));
-#pragma unroll
-        for (int j = 0; j < 4; j++) multiply_tile<T>(sums[j], a, b[j >> 1][2 * (j & 1)], b[j >> 1][2 * (j & 1) + 1]);
+        for (int j = 0; j < FEW_COUNT; j++) multiply_tile<T>(sums[j], a, b[2 * j], b[2 * j + 1]);
       }
-      if (atom == atoms - 1) {
-        const int at = first_column + s / atoms * FEW_COLUMNS + 32 * (warp >> 1) + 8 * t;
-const i64 to = first_row + 16 * (warp & 1) + g;
-        store_columns<T>(sums[0], out + 2 * (to * columns + at), 2ll * columns, rows - to,
-                         layer_scale == nullptr ? nullptr : layer_scale + at);
+      if (atom == PIECES - 1) {
+        const int at = first_column + s / PIECES * FEW_COLUMNS + first + 2 * FEW_COUNT * (lane & 3);
+        const i64 to = first_row + (lane >> 2);
+        store_columns<T, FEW_COUNT>(sums[0], out + 2 * (to * columns + at), 2ll * columns, rows - to,
+                                    layer_scale == nullptr ? nullptr : layer_scale + at);
       }
     }
   }
 };
 
-template <class T, int ATOMS>
+template <class T>
 __device__ __forceinline__ void norm_project_few(const NormProject &p) {
   extern __shared__ __align__(1024) char memory[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = blockIdx.x % p.parts;
+  const int lane = threadIdx.x & 31, row = threadIdx.x / 32 * 4, part = blockIdx.x % p.parts;
   const i64 first = (i64)(blockIdx.x / p.parts) * FEW_ROWS;
   char *const left = memory + FEW_STAGES * FEW_STAGE_BYTES;
-  FewColumns<T> columns(p.weight, memory, ATOMS, part * (p.columns / p.parts), p.columns / p.parts);
-  constexpr int PAIRS = 4;
+  FewColumns<T, ATOMS> columns(p.weight, memory, part * (p.columns / p.parts), p.columns / p.parts);
   float4 weight[ATOMS];
   load_norm_weight(weight, p.norm_weight, lane);
-  let_next_kernel_start();
   wait_for_kernel_before();
-#pragma unroll 1
-  for (int i = 0; i < WARP_ROWS; i += 2 * PAIRS) {
-    NormRows<T, ATOMS, PAIRS> rows;
-    rows.load(p, first + warp * WARP_ROWS + i, lane);
-    rows.finish(p, weight, left, warp * WARP_ROWS + i, FEW_ATOM_BYTES, lane);
-    if (part == 0) rows.store_total(p, first + warp * WARP_ROWS + i, lane);
-  }
+  let_next_kernel_start();
+  NormRows<T, 2> rows;
+  rows.load(p, first + row, lane);
+  rows.finish(p, weight, left, row, FEW_ATOM_BYTES, lane);
+  if (part == 0) rows.store_total(p, first + row, lane);
   columns.multiply(left, p.out, first, p.rows, p.columns, nullptr);
 }
 
 template <class T>
 __device__ __forceinline__ void gate_project_few(const GateProject &p) {
   extern __shared__ __align__(1024) char memory[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = blockIdx.x % p.parts;
+  const int lane = threadIdx.x & 31, row = threadIdx.x / 32 * 4, part = blockIdx.x % p.parts;
   const i64 first = (i64)(blockIdx.x / p.parts) * FEW_ROWS;
   char *const left = memory + FEW_STAGES * FEW_STAGE_BYTES;
-  FewColumns<T> columns(p.weight, memory, p.d_inner / ATOM, part * (p.columns / p.parts), p.columns / p.parts);
-  let_next_kernel_start();
+  FewColumns<T, 2 * ATOMS> columns(p.weight, memory, part * (p.columns / p.parts), p.columns / p.parts);
   wait_for_kernel_before();
-#pragma unroll 1
-  for (int column = 0; column < p.d_inner; column += 3 * ATOM) {
-    GateRows<T, 3> rows[2];
+  let_next_kernel_start();
+  GateRows<T> rows[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) rows[i].load(p, first + warp * WARP_ROWS + 4 * i, column, lane);
+  for (int half = 0; half < 2; half++) rows[half].load(p, first + row, half * DEPTH, lane);
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      rows[i].finish(p, left + column / ATOM * FEW_ATOM_BYTES, warp * WARP_ROWS + 4 * i, FEW_ATOM_BYTES, lane);
-  }
+  for (int half = 0; half < 2; half++)
+    rows[half].finish(p, left + half * ATOMS * FEW_ATOM_BYTES, row, FEW_ATOM_BYTES, lane);
   columns.multiply(left, p.out, first, p.rows, p.columns, p.layer_scale);
 }
 
 #define PROJECT_FEW(NAME, T)                                                                \
-  extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS, 4)                           \
+  extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS, 2)                           \
       norm_project_few_kernel_##NAME(const __grid_constant__ NormProject p) {               \
-    norm_project_few<T, 3>(p);                                                              \
+    norm_project_few<T>(p);                                                                 \
   }                                                                                         \
-  extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS, 4)                           \
+  extern "C" __global__ void __launch_bounds__(32 * FEW_WARPS, 2)                           \
       gate_project_few_kernel_##NAME(const __grid_constant__ GateProject p) {               \
     gate_project_few<T>(p);                                                                 \
   }
 PROJECT_FEW(bfloat16, Bf16)
 PROJECT_FEW(float16, Fp16)
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Many tokens: blocks that stay, with 144 KB of weights in shared memory all along. Eight warps make tiles of 64 tokens
-// x 192 numbers ready in a ring of three; two warpgroups multiply them (wgmma) and store the products from registers.
-// norm_project: a block has 384 columns, 192 a warpgroup. gate_project: warpgroups take turns at tiles of 192 columns.
-constexpr int TILE = 64, TILES = 3, TILE_DEPTH = 3 * ATOM, GROUP_COLUMNS = 192, WARPGROUP = 128;
-constexpr int PRODUCERS = TILE / WARP_ROWS, CONSUMERS = 2 * WARPGROUP / 32;  // warps
-constexpr int ATOM_BYTES = TILE * 128, TILE_BYTES = 3 * ATOM_BYTES, WEIGHT_BYTES = 384 * 192 * 2;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma is of sm_90a alone
+// Many tokens: eight warps make tiles of 64 tokens x 192 numbers ready, eight tokens each, in a ring of three.
+// norm_project: a block has 384 columns, 192 a warpgroup. gate_project: a tile of the product takes two of the ring, and
+// the warpgroups take turns at its 192 columns.
+constexpr int TILE = 64, TILES = 3, WARP_ROWS = 8, GROUP_COLUMNS = 192;
+constexpr int PRODUCERS = TILE / WARP_ROWS, CONSUMERS = 8;  // warps
+constexpr int ATOM_BYTES = TILE * 128, TILE_BYTES = ATOMS * ATOM_BYTES, WEIGHT_BYTES = 2 * GROUP_COLUMNS * DEPTH * 2;
 
 __device__ __forceinline__ void begin_barrier(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -395,12 +419,12 @@ struct ManyShared {
     __syncwarp();
     if ((threadIdx.x & 31) == 0) arrive(empty + 8 * (number % TILES));
   }
-  // COLUMNS x DEPTH of the weights, by the consumers
-  template <int COLUMNS, int DEPTH>
+  // COLUMNS rows of COUNT numbers, by the consumers
+  template <int COLUMNS, int COUNT>
   __device__ __forceinline__ void load_weights(const char *from) const {
-    for (int i = threadIdx.x; i < COLUMNS * DEPTH / 8; i += 32 * CONSUMERS) {
-      const int column = i / (DEPTH / 8), piece = i % (DEPTH / 8);
-      copy_async<16>(memory + piece / 8 * (COLUMNS * 128) + swizzled(place_of_column(column), piece & 7),
+    for (int i = threadIdx.x; i < COLUMNS * COUNT / 8; i += 32 * CONSUMERS) {
+      const int column = i / (COUNT / 8), piece = i % (COUNT / 8);
+      copy_async<16>(memory + piece / 8 * (COLUMNS * 128) + swizzled(place_of_column<4>(column), piece & 7),
                      from + 16 * (i64)i, true);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -414,7 +438,7 @@ struct ManyShared {
     wait_full(number);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int k = 0; k < TILE_DEPTH / 16; k++)
+    for (int k = 0; k < DEPTH / 16; k++)
       multiply_group<T>(sums, operand(a + k / 4 * ATOM_BYTES + k % 4 * 32),
                         operand(b + k / 4 * (COLUMNS * 128) + k % 4 * 32), adds || k > 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -434,7 +458,7 @@ __device__ __forceinline__ void store_group(const float (&sums)[96], char *out, 
   const int column = first_column + 8 * (lane & 3);
 #pragma unroll
   for (int q = 0; q < GROUP_COLUMNS / 32; q++)
-    store_columns<T>(sums + 16 * q, out + row * row_bytes + 2 * column + 64 * q, row_bytes, rows - row,
+    store_columns<T, 4>(sums + 16 * q, out + row * row_bytes + 2 * column + 64 * q, row_bytes, rows - row,
                      layer_scale == nullptr ? nullptr : layer_scale + column + 32 * q);
 }
 
@@ -447,7 +471,7 @@ __device__ __forceinline__ void norm_project(const NormProject &p) {
   int tile = blockIdx.x / p.parts, number = 0;
   if (warp < CONSUMERS) {
     const int group = warp / 4;
-    shared.load_weights<2 * GROUP_COLUMNS, TILE_DEPTH>(p.weight + 2ll * first_column * TILE_DEPTH);
+    shared.load_weights<2 * GROUP_COLUMNS, DEPTH>(p.weight + 2ll * first_column * DEPTH);
     for (; tile < tiles; tile += step, number++) {
       float sums[96];
       shared.multiply<T, 2 * GROUP_COLUMNS>(sums, number, shared.weights + group * GROUP_COLUMNS * 128, false);
@@ -455,11 +479,11 @@ __device__ __forceinline__ void norm_project(const NormProject &p) {
     }
   } else {
     const int row = (warp - CONSUMERS) * WARP_ROWS;
-    float4 weight[3];
+    float4 weight[ATOMS];
     load_norm_weight(weight, p.norm_weight, lane);
     wait_for_kernel_before();
     for (; tile < tiles; tile += step, number++) {
-      NormRows<T, 3, 4> rows;
+      NormRows<T, 4> rows;
       rows.load(p, (i64)tile * TILE + row, lane);
       shared.wait_empty(number);
       rows.finish(p, weight, shared.tile(number), row, ATOM_BYTES, lane);
@@ -478,7 +502,7 @@ __device__ __forceinline__ void gate_project(const GateProject &p) {
   const int tiles = (int)((p.rows + TILE - 1) / TILE);
   int tile = blockIdx.x, number = 0;
   if (warp < CONSUMERS) {
-    shared.load_weights<GROUP_COLUMNS, 2 * TILE_DEPTH>(p.weight);
+    shared.load_weights<GROUP_COLUMNS, D_INNER>(p.weight);
     tile += warp / 4 * gridDim.x, number += warp / 4 * 2;
     for (; tile < tiles; tile += 2 * gridDim.x, number += 4) {
       float sums[96];
@@ -489,7 +513,7 @@ __device__ __forceinline__ void gate_project(const GateProject &p) {
   } else {
     const int row = (warp - CONSUMERS) * WARP_ROWS;
     wait_for_kernel_before();
-    GateRows<T, 3> rows[2];
+    GateRows<T> rows[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) rows[i].load(p, (i64)tile * TILE + row + 4 * i, 0, lane);
 #pragma unroll 1
@@ -500,7 +524,7 @@ __device__ __forceinline__ void gate_project(const GateProject &p) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         rows[i].finish(p, shared.tile(number), row + 4 * i, ATOM_BYTES, lane);
-        rows[i].load(p, (i64)tile * TILE + row + 4 * i, (1 - half) * TILE_DEPTH, lane);
+        rows[i].load(p, (i64)tile * TILE + row + 4 * i, (1 - half) * DEPTH, lane);
       }
       shared.now_full(number++);
     }

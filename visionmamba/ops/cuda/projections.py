@@ -14,14 +14,16 @@ from visionmamba.ops.cuda.driver import Kernels, kernels
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _D_MODEL, _D_INNER = 192, 384
 """Widths that the kernels are made for: those of Vim-Ti."""
-_TILE, _FEW_TILE = 64, 32
+_TILE, _FEW_TILE = 64, 16
 """Tokens of a tile."""
 _BLOCK_COLUMNS, _FEW_COLUMNS = 384, 64
 _MANY_THREADS, _FEW_THREADS = 512, 128
 _MANY_SHARED = _BLOCK_COLUMNS * _D_MODEL * 2 + 3 * _TILE * _D_MODEL * 2 + 64
 _FEW_STAGES = 6 * _FEW_COLUMNS * 128
-_FEW_MOST_ROWS = 512
+_FEW_MOST_ROWS = 1024
 """Most tokens for which small blocks are quicker."""
+_NORM_MOST_ROWS = 16384
+"""Most tokens for which the norm and its product are quicker as one kernel than as two."""
 
 
 class _NormProject(ctypes.Structure):
@@ -48,7 +50,8 @@ def supports_norm_project(branch: Tensor, weight: Tensor) -> bool:
     columns, d_model = weight.shape
     if branch.dtype not in _NAMES or d_model != _D_MODEL or columns % _BLOCK_COLUMNS:
         return False
-    return _is_quick(branch.device, branch.numel() // d_model)
+    rows = branch.numel() // d_model
+    return rows <= _NORM_MOST_ROWS and _is_quick(branch.device, rows)
 
 
 def norm_project(
@@ -64,12 +67,13 @@ def norm_project(
         residual: (B, L, D) float32, contiguous; None: total is the branch.
         norm_weight: (D,) float32.
         eps: added to the mean square.
-        weight: (2E, D) in branch's dtype, contiguous.
+        weight: (2E, D) in branch's dtype, contiguous. It is read before the kernel launched last
+            has ended, so it must come from an earlier one.
 
     Returns:
         xz (B, L, 2E) in branch's dtype, and total (B, L, D) float32.
     """
-    batch, length, d_model = branch.shape
+    batch, length, _ = branch.shape
     columns, rows = weight.shape[0], batch * length
     out = branch.new_empty((batch, length, columns))
     total = torch.empty_like(branch, dtype=torch.float32)
@@ -96,7 +100,7 @@ def norm_project(
         tiles = -(-rows // _FEW_TILE)
         problem.parts = _parts(found, tiles, columns)
         name = f"norm_project_few_kernel_{_NAMES[branch.dtype]}"
-        shared = _FEW_STAGES + 2 * _FEW_TILE * d_model
+        shared = _FEW_STAGES + 2 * _FEW_TILE * _D_MODEL
         blocks = tiles * problem.parts
         found.launch(name, problem, blocks, _FEW_THREADS, shared_bytes=shared, starts_early=True)
     return out, total
@@ -123,13 +127,13 @@ def gate_project(
         y: (2, B, L, E) bfloat16 or float16, contiguous.
         z: (B, L, E) in y's dtype, rows of contiguous numbers at one distance from each other.
         scale: factor of the sum of both directions.
-        weight: (D, E) in y's dtype, contiguous.
+        weight: (D, E) in y's dtype, contiguous; as in norm_project, no result of the last kernel.
         layer_scale: (D,) float32, or None for ones.
 
     Returns:
         branch (B, L, D) in y's dtype; float16 saturates.
     """
-    _, batch, length, d_inner = y.shape
+    _, batch, length, _ = y.shape
     columns, rows = weight.shape[0], batch * length
     out = y.new_empty((batch, length, columns))
     problem = _GateProject(
@@ -141,7 +145,7 @@ def gate_project(
         rows=rows,
         z_row=2 * z.stride(1),
         columns=columns,
-        d_inner=d_inner,
+        d_inner=_D_INNER,
         scale=scale,
     )
     found = kernels("projections", y.device)
@@ -155,7 +159,7 @@ def gate_project(
         tiles = -(-rows // _FEW_TILE)
         problem.parts = _parts(found, tiles, columns)
         name = f"gate_project_few_kernel_{_NAMES[y.dtype]}"
-        shared = _FEW_STAGES + 2 * _FEW_TILE * d_inner
+        shared = _FEW_STAGES + 2 * _FEW_TILE * _D_INNER
         blocks = tiles * problem.parts
         found.launch(name, problem, blocks, _FEW_THREADS, shared_bytes=shared, starts_early=True)
     return out
@@ -170,9 +174,9 @@ def _are_many(found: Kernels, rows: int) -> bool:
 
 
 def _parts(found: Kernels, tiles: int, columns: int) -> int:
-    """Return in how many parts the columns are cut so that every multiprocessor has a block."""
+    """Return in how many parts the columns are cut so that every multiprocessor has two blocks."""
     steps = columns // _FEW_COLUMNS
     for parts in range(1, steps):
-        if steps % parts == 0 and parts * tiles >= found.num_multiprocessors:
+        if steps % parts == 0 and parts * tiles >= 2 * found.num_multiprocessors:
             return parts
     return steps
