@@ -1,6 +1,15 @@
 // RMSNorm with the residual add on NVIDIA GPUs from sm_80 on, forward and backward; activations float32, bfloat16 or
 // float16, the residual stream float32 or like the activations, arithmetic float32.
 //
+// Width 192, bfloat16 beside a float32 residual; us (GB/s, share of the 4.28 TB/s that a copy reaches), medians of CUDA
+// graph replays over inputs beyond the L2 cache, the same by PyTorch operations behind; H200, driver 580.159.04, torch
+// 2.11.0+cu130, 2026-11-23. add_rms_norm and add_rms_norm_backward of norm.py remake it.
+//   (B, L)      forward             PyTorch   backward            PyTorch
+//   (8, 6085)   31.0 (3617, 85 %)       169   41.3 (3625, 85 %)       420
+//   (64, 197)    9.7 (3010, 70 %)        48   13.6 (2840, 66 %)       120
+//   (1, 6085)    5.8 (2428, 57 %)        32    8.4 (2214, 52 %)        73
+//   (1, 197)     1.4                     15    2.8                     31
+//
 // Plan. 16 or 32 lanes own a row and keep it in registers, 4 neighbouring columns a read; one round of shuffles for the
 // mean square, in the backward for it and the mean of the product with the gradient together. Blocks walk over the
 // rows, so a lane adds up its columns of the weight's gradient; a block's sums are one row of partials, which a second
