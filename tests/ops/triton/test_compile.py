@@ -10,6 +10,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from visionmamba.ops.triton import kernels, scan  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 CDNA3 = GPUTarget("hip", "gfx942", 64)
 PARAMETERS = ("A_ptr", "D_ptr", "dt_bias_ptr", "ends_ptr", "adjoints_ptr", "step_sums_ptr")
 STATES = ("first_ptr", "entering_ptr", "arriving_ptr", "tile_states_ptr", "last_state_ptr")

@@ -15,6 +15,7 @@ def release(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version(package).split(".")[:2])
 
 
+@pytest.mark.once
 @pytest.mark.timeout(300)
 def test_kernels_in_the_interpreter_on_the_cpu():
     try:

@@ -114,7 +114,7 @@ def test_more_than_two_billion_elements(triton_scan):
     batch, length, channels = 2, 1_500_000, 768
     x = torch.randn(1, 1000, channels, device="cuda", dtype=torch.bfloat16)
     x = x.repeat(batch, length // 1000, 1)
-    A = -torch.rand(channels, 4, device="cuda")
+    A = -1 - torch.rand(channels, 4, device="cuda")
     B = torch.randn(batch, length, 4, device="cuda", dtype=torch.bfloat16)
     y, _ = triton_scan.selective_scan_triton(*(x, x, A, B, B, None, None, None, None), True, False)
     end = slice(length - 500, length)
