@@ -183,7 +183,7 @@ def test_gradients_on_less_shared_memory(shared_kib, monkeypatch):
 
 
 MIXER_NAMES = ("du", "ddt_r", "dB", "dC", "ddt_weight", "ddt_bias", "dA", "dD")
-MIXER_SHAPES = [(1, 16, 1), (2, 32, 8), (2, 48, 31), (2, 48, 197), (1, 384, 1025), FEW, MANY]
+MIXER_SHAPES = [(2, 32, 8), (2, 48, 31), (2, 48, 197), (1, 384, 1025), FEW, MANY]
 
 
 def make_mixer(shape, *, rank=12, dtype=torch.bfloat16, d_state=16, largest_step=1.0):
@@ -268,6 +268,13 @@ def test_mixer_scans_take_any_rank_and_state(rank, d_state):
     expected = mixer_gradients_in_float64(given, dscan, rank)
     for name, actual in mixer_gradients(given, dscan, rank).items():
         assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
+
+
+def test_mixer_scans_of_one_token():
+    given = make_mixer((3, 16, 1))
+    expected = mixer_values_in_float64(given, 12)
+    tolerance = VALUE_TOLERANCE[torch.bfloat16]
+    assert relative_error(mixer_scan_forward(**given, rank=12), expected) < tolerance
 
 
 def test_mixer_scans_in_float16():

@@ -1,17 +1,21 @@
 // The selective scan on NVIDIA GPUs from sm_80 on, compiled at run time by NVRTC; forward in float32, bfloat16 and
 // float16, backward in bfloat16.
 //
-// Both directions, 16 states, bfloat16, softplus and D inside; us, medians of CUDA graph replays over inputs beyond the
-// L2 cache; H200, driver 580.159.04, torch 2.11.0+cu130, 2026-11-23. Roof: the exponential unit at the 1.80 GHz that the
-// chip holds while tensor cores work (1.98 GHz otherwise). scan_forward and scan_backward of library.py remake it.
-//   (B, d_inner, L)   forward   of the roof   forward + backward (which runs the forward again)
-//   (64, 384, 197)         66          70 %      474
-//   (8, 384, 6085)        253          70 %     1409
-//   (1, 384, 6085)         63          35 %      655   two passes over eight chunks
+// Both directions, 16 states, bfloat16, step sizes (rank 12), softplus and D inside; us, medians of CUDA graph replays
+// over inputs beyond the L2 cache; H200, driver 580.159.04, torch 2.11.0+cu130, 2026-11-23. Roof: the exponential unit,
+// softplus included, at the 1.80 GHz that the chip holds while tensor cores work (1.98 GHz otherwise).
+// mixer_scan_forward and mixer_scan_backward of scan.py remake it.
+//   (B, d_inner, L)   forward   of the roof   forward + backward
+//   (64, 384, 197)         65          72 %      284
+//   (128, 384, 197)       123          76 %      547   443 with the states kept in between
+//   (8, 384, 1025)         52          58 %      213
+//   (8, 384, 6085)        270          66 %     1140
+//   (1, 384, 6085)         68          33 %      498   two passes over eight chunks
 //
 // Plan. A warp owns a tile of 16 channels x 16 states in the accumulator layout of mma.m16n8: lane (g, t) = (lane / 4,
 // lane % 4) holds channels 2g, 2g+1 and states 4t .. 4t+3, eight numbers. Tokens come in groups of 8; lane (g, t) loads,
 // softplusses and stores channels 2g, 2g+1 of tokens t and t+4, so nothing but a pair of shuffles a token is exchanged.
+//   dt_r W     is one m16n8k16 for every 16 of the rank, whose columns are ordered so that each lane gets its own steps,
 //   dt x B     is an outer product: mma.m16n8k4 whose k are four tokens, all but one masked to zero,
 //   C h        is a product with k = states and n = tokens; each token keeps its own column,
 //   exp(dt A)  is one ex2 a state: dt is kept in units of ln 2, the state in units of 1 / ln 2.
@@ -20,7 +24,11 @@
 // Ring: four warps take turns at the groups of one sequence and hand the state on through shared memory; a group's 64
 // exponentials are ready in registers before its turn. So one sequence keeps four schedulers busy and every exponential
 // is computed once. A lone long sequence is cut in chunks: their end states from zero first, then the rings.
-// Bytes a channel and token: forward 3 activations (x, dt, y); backward 5 (x, dt, dy, dx, ddt) and 8 of saved states.
+// Backward: the groups from the last to the first, from the states that enter them (bfloat16, left by the forward or made
+// by a forward without y). A group makes its states again, hands the adjoint state on and sums over channels with
+// movmatrix and m16n8k16; the gradient of the step sizes goes through dt_weight at once and is never written.
+// Bytes a channel and token: forward 2 activations (x, y); backward 3 (x, dy, dx) and 4 of saved states; the rows
+// [dt_r | B | C] are shared by all channels.
 
 struct Direction {
   // dt: the step sizes, or where they are a product the rows [dt_r | B | C | padding] that B and C point into

@@ -373,9 +373,8 @@ def _warps_share_backward(problem: _Problem, on: Kernels) -> bool:
 
 def _backward_shared_bytes(k_steps: int) -> int:
     """Return the shared memory of a warp in the backward: BackwardWarp in scan.cu."""
-    row = 32 * k_steps + 64 + (0 if k_steps % 2 else 16)
-    stage = 512 + 2 * 256 + 8 * row + (32 if k_steps else 256)
-    return 2 * stage + 512 + 7 * 1024 + max(k_steps, 1) * 1024
+    token = (64 if k_steps else 96) + 32 * k_steps + 64 + (16 if k_steps == 2 else 0)
+    return 2 * (512 + 8 * token) + 512 + 7 * 1024 + max(k_steps, 1) * 1024
 
 
 def _backward(
