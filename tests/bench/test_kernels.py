@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from visionmamba.bench.ceilings import Ceilings
 from visionmamba.bench.kernel_results import KernelsResult
 from visionmamba.bench.kernels import Kernels
-from visionmamba.bench.op_cases import op_cases
-from visionmamba.ops import backends
+from visionmamba.bench.op_cases import Dtype, _mixer_scan_on_cpu, op_cases
+from visionmamba.models import BidirectionalMixer
+from visionmamba.ops import backends, bidirectional_scan
 
 FLOAT32_TOLERANCE = 1e-4  # sums over the state in another order
 BFLOAT16_TOLERANCE = 1e-2  # inputs of a mixer's second half have 8 bits
@@ -60,12 +62,41 @@ def test_floor_is_that_of_the_exponentials_or_of_the_memory() -> None:
     assert H200.floor_seconds(num_exponentials=0, num_bytes=428 * 10**9) == pytest.approx(0.1)
 
 
-def test_first_sample_is_that_of_the_batch() -> None:
-    cases = {case.op: case for case in op_cases(batch=3, length=20, device="cpu")}
-    for case in cases.values():
-        whole = case.first_sample(case.forward("cpp")[0])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", FLOAT32_TOLERANCE), ("bfloat16", BFLOAT16_TOLERANCE)]
+)
+def test_first_sample_is_that_of_the_batch(dtype: Dtype, tolerance: float) -> None:
+    for case in op_cases(batch=3, length=20, device="cpu", dtype=dtype):
+        case.train()
+        whole = case.first_sample(case.forward("cpp")[0]).float()
         alone = case.first_sample_on_cpu()
-        assert (whole - alone).norm() <= FLOAT32_TOLERANCE * alone.norm(), case.op
+        assert (whole - alone).norm() <= tolerance * alone.norm(), case.op
+
+
+def test_scans_of_the_mixer_have_a_counterpart_on_the_cpu() -> None:
+    mixer = BidirectionalMixer(192)
+    rank, d_state = mixer.directions[0].dt_rank, mixer.directions[0].d_state
+    u, projected = torch.randn(1, 30, 384), torch.randn(1, 30, rank + 2 * d_state)
+    weights = [torch.nn.functional.pad(one.dt_weight, (0, 4)) for one in mixer.directions]
+    A, D, bias = (
+        torch.stack([getattr(one, name) for one in mixer.directions])
+        for name in ("A", "D", "dt_bias")
+    )
+    both = torch.stack((projected, projected))
+    y = _mixer_scan_on_cpu(
+        *(rank, d_state, torch.stack((u, u)), torch.nn.functional.pad(both, (0, 4))),
+        *(torch.stack(weights), bias, A, D),
+    )
+    expected = bidirectional_scan(
+        (u, u),
+        (projected, projected),
+        tuple(one.dt_weight for one in mixer.directions),
+        tuple(bias),
+        tuple(A),
+        tuple(D),
+        z=None,
+    )
+    assert (y.sum(0) - expected).norm() < FLOAT32_TOLERANCE * expected.norm()
 
 
 def test_wrong_options_are_refused() -> None:

@@ -189,7 +189,9 @@ def op_cases(
     yield case(
         op="rms_norm",
         shape=f"({batch}, {length}, {_D_MODEL}) with residual",
-        inputs=leaves(noise(_D_MODEL), torch.ones(_D_MODEL, device=device), noise(_D_MODEL)),
+        inputs=leaves(
+            noise(_D_MODEL), torch.ones(_D_MODEL, device=device), noise(_D_MODEL).float()
+        ),
         call=lambda x, weight, residual: rms_norm(x, weight, residual=residual),
         num_exponentials=batch * length,
     )
@@ -252,25 +254,35 @@ def _mixer_scan(rank: int) -> "Callable[..., torch.Tensor]":
     """Return the scans of the fused mixer as a function with gradients."""
     import torch
 
+    from visionmamba.ops.cuda.mixer import num_kept_states
     from visionmamba.ops.cuda.scan import mixer_scan_backward, mixer_scan_forward
 
     class MixerScan(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *tensors: torch.Tensor) -> torch.Tensor:
+            u = tensors[0]
+            kept = num_kept_states(u[0], u.shape[3])
+            ctx.states = u.new_empty(kept, dtype=torch.bfloat16) if kept else None
             ctx.save_for_backward(*tensors)
-            return mixer_scan_forward(*tensors, rank=rank)
+            return mixer_scan_forward(*tensors, rank=rank, states=ctx.states)
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> Any:
             tensors = ctx.saved_tensors
             du, dprojected, ddt_weight, *rest = mixer_scan_backward(
-                dy[0].contiguous(), *tensors, rank=rank
+                dy[0].contiguous(), *tensors, rank=rank, states=ctx.states
             )
             padding = tensors[2].shape[2] - rank
             padded = torch.nn.functional.pad(ddt_weight, (0, padding))
             return du, dprojected.to(du.dtype), padded.to(du.dtype), *rest
 
-    return MixerScan.apply  # type: ignore[no-any-return]
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return mixer_scan_forward(*tensors, rank=rank)
+        y: torch.Tensor = MixerScan.apply(*tensors)  # type: ignore[no-untyped-call]
+        return y
+
+    return call
 
 
 def _mixer_scan_on_cpu(
