@@ -8,6 +8,7 @@ from timm.layers.weight_init import lecun_normal_
 from torch import Tensor, nn
 
 from visionmamba.models.config import PartialPatches, Readout, RopeLayout
+from visionmamba.ops.patches import cut_patches
 
 CACHED_GRIDS = 8
 
@@ -67,17 +68,12 @@ class PatchEmbedding(nn.Module):
         Args:
             images: (B, C, H, W).
         """
-        height, width = images.shape[-2:]
-        grid = self.grid(height, width)
-        padding = self._fit(height) - height, self._fit(width) - width
-        if any(padding):
-            images = F.pad(images, (0, padding[1], 0, padding[0]))
+        grid = self.grid(*images.shape[-2:])
+        device, dtype = images.device.type, images.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
         # A matrix product on every backend: convolution kernels are slow at this shape.
-        patches = images.unfold(2, self.patch_size, self.stride)
-        patches = patches.unfold(3, self.patch_size, self.stride)  # (B, C, h, w, p, p)
-        patches = (
-            patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        )  # (B, h * w, C * p * p)
+        patches = cut_patches(images, self.patch_size, self.stride, grid, dtype)
         return F.linear(patches, self.weight.flatten(1), self.bias), grid
 
     def _fit(self, side: int) -> int:

@@ -1,8 +1,8 @@
-"""The CUDA kernels of the norm and the convolutions behind their ops of torch.library.
+"""The CUDA kernels of the norm, convolutions and patches behind their ops of torch.library.
 
 Importing this module attaches them, straight to the dispatcher. Plain PyTorch runs what they do not
 take: float64, odd widths and more than MAX_TAPS taps of a convolution, a residual in the other half
-precision.
+precision, patches whose side is no multiple of 8.
 """
 
 import torch
@@ -17,6 +17,8 @@ from visionmamba.ops.causal_conv1d import (
 from visionmamba.ops.cuda import cuda_backend
 from visionmamba.ops.cuda.conv import conv_backward, conv_takes, convolve_into
 from visionmamba.ops.cuda.norm import add_rms_norm, add_rms_norm_backward
+from visionmamba.ops.cuda.patches import patch_rows, takes_patches
+from visionmamba.ops.patches import cut_patches_torch
 from visionmamba.ops.rms_norm import rms_norm_backward_torch, rms_norm_torch
 
 
@@ -59,6 +61,16 @@ def _(
     if dresidual is None or dresidual is dx:
         dresidual = dx.new_empty(0)
     return dx, dresidual, dweight
+
+
+@torch.library.impl("visionmamba::cut_patches", "cuda")
+def _(
+    images: Tensor, patch_size: int, stride: int, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    takes = images.numel() > 0 and takes_patches(images, patch_size, dtype)
+    if not takes or not cuda_backend(images.device).has_kernels:
+        return cut_patches_torch(images, patch_size, stride, rows, columns, dtype)
+    return patch_rows(images, patch_size, stride, rows, columns, dtype)
 
 
 @torch.library.impl("visionmamba::causal_conv1d", "cuda")
