@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmamba.ops.cuda.conv import conv_backward, conv_forward
+from visionmamba.ops.cuda.conv_project import conv_project, supports_conv_project
 from visionmamba.ops.cuda.driver import kernels, make_context_current
 from visionmamba.ops.cuda.gate import gate_backward, gate_forward
 from visionmamba.ops.cuda.norm import add_rms_norm
@@ -361,5 +362,7 @@ def fused_block(
 
 def _convolve_and_project(x: Tensor, packed: PackedMixer) -> tuple[Tensor, Tensor]:
     """Return u (2, B, L, E) and projected (2, B, L, P) of x (B, L, E)."""
+    if supports_conv_project(x, packed.conv_weight, packed.x_weight):
+        return conv_project(x, packed.conv_weight, packed.conv_bias, packed.x_weight)
     u = conv_forward(x, packed.conv_weight, packed.conv_bias, (False, True), True)
     return u, _project(u, packed.x_weight)
