@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from visionmamba.bench import efficiency
 from visionmamba.bench.cases import (
     TRAINING_ONLY,
     Case,
@@ -19,6 +21,7 @@ from visionmamba.bench.efficiency import Efficiency
 from visionmamba.bench.memory import peak_bytes_on_cpu
 from visionmamba.bench.passes import (
     Pass,
+    Spread,
     capture,
     reference_output,
     relative_error,
@@ -146,6 +149,37 @@ def test_a_pass_that_runs_out_of_memory_is_left_out_of_the_times() -> None:
 
     passes = {"good": lambda: None, "bad": fail}
     assert list(seconds_in_turns(passes, repeats=1, warmup=1, is_on_gpu=False)) == ["good"]
+
+
+def test_models_that_do_not_fit_together_are_measured_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU that holds one waiting model, and never deit-eager."""
+    waiting: list[ModelName] = []
+    timed: list[list[ModelName]] = []
+
+    def prepare(case: Case) -> tuple[SimpleNamespace, int]:
+        if waiting or case.model == "deit-eager":
+            raise OutOfMemory
+        waiting.append(case.model)
+        return SimpleNamespace(case=case, launch="graph", run=lambda: torch.ones(1, 2)), 2 * 10**9
+
+    def clock(passes: dict[ModelName, object], **_: object) -> dict[ModelName, Spread]:
+        timed.append(list(passes))
+        waiting.clear()
+        return {model: Spread(median=0.5, low=0.4, high=0.6) for model in passes}
+
+    monkeypatch.setattr(efficiency, "prepare_on_gpu", prepare)
+    monkeypatch.setattr(efficiency, "seconds_in_turns", clock)
+    monkeypatch.setattr(efficiency, "_is_crowded", lambda: False)
+    monkeypatch.setattr(efficiency, "reference_output", lambda case: torch.ones(1, 2))
+    settings = Efficiency(models=("vim", "deit", "deit-eager"), resolutions=(64,), batch=(8,))
+    vim, deit, eager = settings._measure_point(64, 8, "cuda")
+    assert timed == [["vim"], ["deit"], []]
+    assert (vim.status, deit.status, eager.status) == ("ok", "ok", "out of memory")
+    assert (vim.milliseconds, vim.images_per_second) == (500, 16)
+    assert (deit.peak_memory_gb, deit.relative_error, deit.launch) == (2, 0, "graph")
+    assert eager.peak_memory_gb is None
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from visionmamba.bench import gpu_kernels
 from visionmamba.bench.ceilings import Ceilings
 from visionmamba.bench.kernel_results import KernelsResult
 from visionmamba.bench.kernels import Kernels
 from visionmamba.bench.op_cases import Dtype, _mixer_scan_on_cpu, op_cases
+from visionmamba.bench.passes import Spread
 from visionmamba.models import BidirectionalMixer
 from visionmamba.ops import backends, bidirectional_scan
 
@@ -97,6 +99,33 @@ def test_scans_of_the_mixer_have_a_counterpart_on_the_cpu() -> None:
         z=None,
     )
     assert (y.sum(0) - expected).norm() < FLOAT32_TOLERANCE * expected.norm()
+
+
+def test_gpu_times_are_those_of_one_set_of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's measurement on the CPU's ops, with a clock that says 6 ms for every graph."""
+    graphs: list[int] = []
+
+    def on_cpu(*, batch: int, length: int, device: str, dtype: Dtype, seed: int):
+        assert device == "cuda"
+        return op_cases(batch=batch, length=length, device="cpu", dtype=dtype, seed=seed)
+
+    def clock(passes, **_: object) -> dict[int, Spread]:
+        passes[0]()
+        graphs.append(1)
+        return {0: Spread(median=6e-3, low=5e-3, high=7e-3)}
+
+    monkeypatch.setattr(gpu_kernels, "_QUICK_SHAPES", ((3, 16),))
+    monkeypatch.setattr(gpu_kernels, "_num_sets", lambda batch, length: 2)
+    monkeypatch.setattr(gpu_kernels, "op_cases", on_cpu)
+    monkeypatch.setattr(gpu_kernels, "measure_ceilings", lambda: H200)
+    monkeypatch.setattr(gpu_kernels, "capture", lambda step: step)
+    monkeypatch.setattr(gpu_kernels, "seconds_in_turns", clock)
+    ceilings, rows = gpu_kernels.time_on_gpu(quick=True, repeats=1, say=lambda text: None)
+    assert ceilings == H200
+    assert len(rows) == len(graphs) == 18  # 5 ops, 2 dtypes, 2 passes, but 2 float32 gradients
+    assert {row.milliseconds for row in rows} == {3.0}
+    assert all((row.difference or 0) < BFLOAT16_TOLERANCE for row in rows)
+    assert all(row.floor_milliseconds for row in rows)
 
 
 def test_wrong_options_are_refused() -> None:

@@ -279,7 +279,7 @@ def _mixer_scan(rank: int) -> "Callable[..., torch.Tensor]":
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return mixer_scan_forward(*tensors, rank=rank)
-        y: torch.Tensor = MixerScan.apply(*tensors)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = MixerScan.apply(*tensors)
         return y
 
     return call
