@@ -1,5 +1,4 @@
-"""Python's structures are those of norm.cu, conv.cu, gate.cu and patches.cu, field by field; without a
-GPU, the compiler compares them."""
+"""Python's structures are those of the pointwise kernels' sources, as the compiler sees them."""
 
 import ctypes
 
