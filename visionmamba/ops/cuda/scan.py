@@ -582,7 +582,7 @@ def mixer_scan_forward(
 
 def num_state_values(batch: int, length: int, d_inner: int) -> int:
     """Return the numbers of a buffer for the states of both directions: 2 an element of u."""
-    return 2 * batch * (d_inner // STATES) * -(-length // GROUP) * STATES * STATES
+    return 2 * batch * -(-d_inner // STATES) * -(-length // GROUP) * STATES * STATES
 
 
 def mixer_scan_backward(
