@@ -27,7 +27,8 @@ SCAN_MULTIPLY_ADDS = 4
 multiply-add), and C h; the exponential is counted by itself."""
 _HALF, _SINGLE = 2, 4  # bytes of bfloat16 and float32
 _FUSED_WIDTHS = (192, 384)
-"""D and E whose projections run in one kernel with the norm and the gate (Hopper)."""
+"""D and E whose x_proj and out_proj run in one kernel with what is before them (Hopper). So does
+in_proj with the norm up to 16,384 tokens, which is not counted here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,27 +266,27 @@ class Complexity:
 
 
 def layer_steps(config: "VimConfig") -> tuple[Step, ...]:
-    """Return the kernels of a Vim layer as ops/cuda/mixer.py launches them for long inferences."""
+    """Return the kernels of a Vim layer as ops/cuda/mixer.py launches them for many tokens."""
     d_model, d_inner, projected = _widths(config)
     hidden, inner = _HALF * d_model, _HALF * d_inner  # a row of D or E values in bfloat16
     stream, both, small = _SINGLE * d_model, 2 * inner, 2 * _HALF * projected
-    before: tuple[Step, ...] = (
-        Step(name="add, RMSNorm", reads=hidden + stream, writes=stream + hidden),
-        Step(name="in_proj", reads=hidden, writes=both),
+    convolve: tuple[Step, ...] = (
+        Step(name="both convolutions, SiLU", reads=inner, writes=both),
+        Step(name="both x_proj", reads=both, writes=small),
     )
-    after: tuple[Step, ...] = (
+    gate: tuple[Step, ...] = (
         Step(name="sum, gate", reads=both + inner, writes=inner),
         Step(name="out_proj", reads=inner, writes=hidden),
     )
     if (d_model, d_inner) == _FUSED_WIDTHS:
-        before = (Step(name="add, RMSNorm, in_proj", reads=hidden + stream, writes=stream + both),)
-        after = (Step(name="sum, gate, out_proj", reads=both + inner, writes=hidden),)
+        convolve = (Step(name="both convolutions, SiLU, x_proj", reads=inner, writes=both + small),)
+        gate = (Step(name="sum, gate, out_proj", reads=both + inner, writes=hidden),)
     return (
-        *before,
-        Step(name="both convolutions, SiLU", reads=inner, writes=both),
-        Step(name="both x_proj", reads=both, writes=small),
+        Step(name="add, RMSNorm", reads=hidden + stream, writes=stream + hidden),
+        Step(name="in_proj", reads=hidden, writes=both),
+        *convolve,
         Step(name="both scans, dt_proj, softplus", reads=both + small, writes=both),
-        *after,
+        *gate,
     )
 
 
