@@ -115,6 +115,12 @@ def test_widths_that_no_kernel_reads_are_refused():
     assert not supports_gate_project(y, z, back)
 
 
+def test_the_norm_is_left_to_its_own_kernel_where_that_is_quicker():
+    branch, _, _, weight = norm_inputs((2, 8193), 192, torch.bfloat16)
+    assert not supports_norm_project(branch, weight)
+    assert supports_norm_project(branch[:1, :197], weight)
+
+
 def test_graphs_replay_the_same_numbers(kernel):
     branch, residual, norm_weight, weight = norm_inputs((2, 197), 192, torch.bfloat16)
     expected = norm_project(branch, residual, norm_weight, EPS, weight)[0].clone()
