@@ -254,8 +254,8 @@ def _mixer_scan(rank: int) -> "Callable[..., torch.Tensor]":
     """Return the scans of the fused mixer as a function with gradients."""
     import torch
 
+    from visionmamba.ops.cuda.fused_scan import mixer_scan_backward, mixer_scan_forward
     from visionmamba.ops.cuda.mixer import num_kept_states
-    from visionmamba.ops.cuda.scan import mixer_scan_backward, mixer_scan_forward
 
     class MixerScan(torch.autograd.Function):
         @staticmethod

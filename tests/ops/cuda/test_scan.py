@@ -5,17 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from visionmamba.ops.cuda import driver, scan
-from visionmamba.ops.cuda.scan import (
-    Direction,
+from visionmamba.ops.cuda import driver, fused_scan, scan_launch
+from visionmamba.ops.cuda.fused_scan import (
     bidirectional_backward,
     bidirectional_forward,
     mixer_scan_backward,
     mixer_scan_forward,
     num_state_values,
-    scan_backward,
-    scan_forward,
 )
+from visionmamba.ops.cuda.scan import Direction, scan_backward, scan_forward
 from visionmamba.ops.selective_scan.chunked import (
     selective_scan_backward_chunked,
     selective_scan_chunked,
@@ -162,7 +160,7 @@ def test_the_batch_is_cut_where_the_states_would_fill_the_memory(monkeypatch):
     direction = make_direction((5, 32, 40))
     dy = torch.randn_like(direction.x)
     (whole,), _ = scan_backward([direction], [dy], [None], dt_softplus=True)
-    monkeypatch.setattr(scan, "_SCRATCH_BYTES", 1 << 16)
+    monkeypatch.setattr(scan_launch, "SCRATCH_BYTES", 1 << 16)
     (cut,), _ = scan_backward([direction], [dy], [None], dt_softplus=True)
     for name in ("dx", "ddt", "dB", "dC", "dinitial_state"):
         assert torch.equal(getattr(cut, name), getattr(whole, name)), name
@@ -310,7 +308,7 @@ def test_mixer_backward_in_parts_of_the_batch(monkeypatch, deterministic):
     given = make_mixer((5, 32, 40))
     dscan = torch.randn_like(given["u"][0])
     expected = mixer_gradients_in_float64(given, dscan, 12)
-    monkeypatch.setattr(scan, "_SCRATCH_BYTES", 1 << 16)
+    monkeypatch.setattr(scan_launch, "SCRATCH_BYTES", 1 << 16)
     for name, actual in mixer_gradients(given, dscan, 12).items():
         assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
 
@@ -356,7 +354,7 @@ def test_steps_inside_the_bidirectional_scans_equal_steps_before_them(monkeypatc
         return [tensor for both in (values, gradients) for one in both for tensor in one]
 
     inside = run()
-    monkeypatch.setattr(scan, "_takes_fused", lambda *_, **__: False)
+    monkeypatch.setattr(fused_scan, "_takes_fused", lambda *_, **__: False)
     for i, (actual, expected) in enumerate(zip(inside, run(), strict=True)):
         assert relative_error(actual, expected.double()) < 2 * GRADIENT_TOLERANCE, i
 

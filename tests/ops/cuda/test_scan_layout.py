@@ -2,15 +2,15 @@
 
 import ctypes
 
-from visionmamba.ops.cuda import build, scan
+from visionmamba.ops.cuda import build, scan_launch
 
 
 def test_structures_and_shared_memory_have_the_sizes_of_the_source():
     source = build.source_text("scan")
     sizes = {
-        "Direction": ctypes.sizeof(scan._Direction),
-        "Problem": ctypes.sizeof(scan._Problem),
-        **{f"BackwardWarp<{k}>": scan._backward_shared_bytes(k) for k in range(4)},
+        "Direction": ctypes.sizeof(scan_launch.DirectionStructure),
+        "Problem": ctypes.sizeof(scan_launch.ProblemStructure),
+        **{f"BackwardWarp<{k}>": scan_launch.backward_shared_bytes(k) for k in range(4)},
     }
     checks = "".join(
         f'\nstatic_assert(sizeof({name}) == {size}, "{name}");' for name, size in sizes.items()

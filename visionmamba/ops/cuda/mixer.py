@@ -17,6 +17,11 @@ from torch import Tensor
 from visionmamba.ops.cuda.conv import conv_backward, conv_forward
 from visionmamba.ops.cuda.conv_project import conv_project, supports_conv_project
 from visionmamba.ops.cuda.driver import kernels, make_context_current
+from visionmamba.ops.cuda.fused_scan import (
+    mixer_scan_backward,
+    mixer_scan_forward,
+    num_state_values,
+)
 from visionmamba.ops.cuda.gate import gate_backward, gate_forward
 from visionmamba.ops.cuda.norm import add_rms_norm
 from visionmamba.ops.cuda.projections import (
@@ -25,12 +30,7 @@ from visionmamba.ops.cuda.projections import (
     supports_gate_project,
     supports_norm_project,
 )
-from visionmamba.ops.cuda.scan import (
-    STATES,
-    mixer_scan_backward,
-    mixer_scan_forward,
-    num_state_values,
-)
+from visionmamba.ops.cuda.scan_launch import STATES
 
 PARAMETERS = (
     "in_weight",

@@ -17,14 +17,9 @@ from visionmamba.ops.bidirectional import (
     bidirectional_scan_torch,
 )
 from visionmamba.ops.cuda import cuda_backend
+from visionmamba.ops.cuda.fused_scan import bidirectional_backward, bidirectional_forward
 from visionmamba.ops.cuda.gate import gate, gate_gradients
-from visionmamba.ops.cuda.scan import (
-    Direction,
-    bidirectional_backward,
-    bidirectional_forward,
-    scan_backward,
-    scan_forward,
-)
+from visionmamba.ops.cuda.scan import Direction, scan_backward, scan_forward
 from visionmamba.ops.selective_scan.chunked import (
     selective_scan_backward_chunked,
     selective_scan_chunked,
