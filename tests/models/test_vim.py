@@ -301,3 +301,9 @@ def test_inference_writes_no_score_matrix():
     with torch.no_grad(), LargestTensor() as largest:
         model(torch.randn(1, 3, 256, 256))  # 1025 tokens
     assert largest.numel <= 1025 * 16 * 16
+
+
+def test_runs_on_the_meta_device():
+    with torch.device("meta"):
+        model = VimConfig(image_size=32, patch_size=8, d_model=32, depth=2, num_classes=5).build()
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 5)

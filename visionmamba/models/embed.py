@@ -8,7 +8,7 @@ from timm.layers.weight_init import lecun_normal_
 from torch import Tensor, nn
 
 from visionmamba.models.config import PartialPatches, Readout, RopeLayout
-from visionmamba.ops.patches import cut_patches
+from visionmamba.ops import activation_dtype, cut_patches
 
 CACHED_GRIDS = 8
 
@@ -69,9 +69,7 @@ class PatchEmbedding(nn.Module):
             images: (B, C, H, W).
         """
         grid = self.grid(*images.shape[-2:])
-        device, dtype = images.device.type, images.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
+        dtype = activation_dtype(images)
         # A matrix product on every backend: convolution kernels are slow at this shape.
         patches = cut_patches(images, self.patch_size, self.stride, grid, dtype)
         return F.linear(patches, self.weight.flatten(1), self.bias), grid

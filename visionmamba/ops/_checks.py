@@ -61,6 +61,17 @@ def parameter_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def activation_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which matrix products of x run: its own or, inside autocast, that one.
+
+    Autocast leaves float64 alone.
+    """
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values in an output's dtype, stopping at float16's largest instead of infinity."""
     return values.clamp(-65504, 65504).half() if dtype == torch.float16 else values.to(dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionmamba.ops._checks import needs_grad
+from visionmamba.ops._checks import activation_dtype, needs_grad
 from visionmamba.ops.cuda import cuda_backend
 from visionmamba.ops.cuda.mixer import (
     PARAMETERS,
@@ -38,7 +38,7 @@ def can_fuse_mixer(hidden: Tensor, parameters: Sequence[Tensor]) -> bool:
     """
     if hidden.device.type != "cuda" or hidden.numel() == 0:
         return False
-    dtype = _activation_dtype(hidden)
+    dtype = activation_dtype(hidden)
     wanted = (
         (torch.bfloat16,) if needs_grad(hidden, *parameters) else (torch.bfloat16, torch.float16)
     )
@@ -76,18 +76,13 @@ def fused_mixer(hidden: Tensor, parameters: Sequence[Tensor], *, scale: float) -
         (B, L, D) in hidden's dtype (autocast's inside autocast). Gradients flow to every tensor.
     """
     wants_gradients = needs_grad(hidden, *parameters)
-    hidden = hidden.to(_activation_dtype(hidden))
+    hidden = hidden.to(activation_dtype(hidden))
     out: Tensor
     if wants_gradients:
         out = _FusedMixer.apply(scale, hidden, *parameters)
     else:
         out = _fused_mixer(hidden, *parameters, scale, False)[0]
     return out
-
-
-def _activation_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _has_kernels(device: int) -> bool:
