@@ -5,7 +5,7 @@ positions (embed.py), files (weights.py).
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,17 @@ from visionmamba.models.mixer import BidirectionalMixer
 from visionmamba.ops import rms_norm
 
 FeatureKind = Literal["residual", "mixer", "normed"]
+
+
+class SequenceLayout(NamedTuple):
+    """Where the patches and the class tokens of a sequence are."""
+
+    grid: tuple[int, int]
+    """Rows and columns of patches (h, w)."""
+    positions: tuple[int, ...]
+    """Where the class tokens stand, ascending."""
+    flipped: bool = False
+    """Whether the sequence runs from the picture's last token to its first."""
 
 
 class ResidualNorm(nn.Module):
@@ -160,9 +171,7 @@ class Vim(nn.Module):
         self.norm = ResidualNorm(width, kind=config.norm, eps=config.norm_eps)
         self.head: nn.Linear | nn.Identity = nn.Identity()
         if config.num_classes:
-            self.head = nn.Linear(width, config.num_classes)
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+            self.head = make_head(width, config.num_classes)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
 
@@ -170,6 +179,11 @@ class Vim(nn.Module):
     def num_classes(self) -> int:
         """Outputs of the head; 0 without one."""
         return self.config.num_classes
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks that run from one input: the pair of bidirectional "layer", else one."""
+        return 2 if self.config.bidirectional == "layer" else 1
 
     @property
     def flips_at_random(self) -> bool:
@@ -185,25 +199,8 @@ class Vim(nn.Module):
         Raises:
             ValueError: shape or dtype of the pictures is not what the model takes.
         """
-        tokens, positions = self._normed_tokens(images)
-        return self.forward_head(tokens, positions)
-
-    def forward_head(self, tokens: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """Return logits from normed tokens (B, L, D) whose class tokens stand at `positions`."""
-        readout = self.config.readout
-        if readout == "max":  # published: the head sees every token, then the maximum
-            per_token: Tensor = self.head(tokens)
-            return per_token.amax(dim=1)
-        if readout == "mean":
-            read = tokens.mean(dim=1)
-        elif readout == "last":
-            read = tokens[:, -1]
-        elif readout == "double":
-            read = (tokens[:, positions[0]] + tokens[:, positions[1]]) / 2
-        else:
-            read = tokens[:, positions[0]]
-        logits: Tensor = self.head(read)
-        return logits
+        tokens, layout = self._normed_tokens(images)
+        return self._read_out(tokens, layout.positions)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return all tokens (B, L, D) after the final norm, class tokens at their places."""
@@ -226,21 +223,20 @@ class Vim(nn.Module):
         """
         if kind not in ("residual", "mixer", "normed"):
             raise ValueError(f"kind must be 'residual', 'mixer' or 'normed'; got {kind!r}")
-        step = 2 if self.config.bidirectional == "layer" else 1
-        valid = range(step - 1, self.config.depth, step)
+        step = self.blocks_per_step
+        valid = range(step - 1, len(self.blocks), step)
         wrong = [layer for layer in layers if layer not in valid]
         if wrong:
             raise ValueError(
                 f"layers must be among {list(valid)}; got {', '.join(map(str, wrong))}"
             )
-        tokens, grid, positions = self._embed(images)
-        tokens, positions, flipped = self._maybe_flip(tokens, positions)
+        branch, layout = self._embed(images)
+        residual: Tensor | None = None
         maps: dict[int, Tensor] = {}
-        branch, residual = tokens, None
-        for i in range(0, max(layers, default=-1) + 1, step):
-            branch, residual = self._run_blocks(i, branch, residual, grid, positions, flipped)
-            if i + step - 1 in layers:
-                maps[i + step - 1] = self._to_map(branch, residual, grid, positions, flipped, kind)
+        for layer in range(step - 1, max(layers, default=-1) + 1, step):
+            branch, residual = self._run_step(layer // step, branch, residual, layout)
+            if layer in layers:
+                maps[layer] = self._to_map(branch, residual, layout, kind)
         return [maps[layer] for layer in layers]
 
     def no_weight_decay(self, *, published: bool = True) -> set[str]:
@@ -255,17 +251,15 @@ class Vim(nn.Module):
             names |= {name for name, _ in self.named_parameters() if name.endswith("A_log")}
         return names & {name for name, _ in self.named_parameters()}
 
-    def _normed_tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        tokens, grid, positions = self._embed(images)
-        tokens, positions, flipped = self._maybe_flip(tokens, positions)
-        step = 2 if self.config.bidirectional == "layer" else 1
-        branch, residual = tokens, None
-        for i in range(0, self.config.depth, step):
-            branch, residual = self._run_blocks(i, branch, residual, grid, positions, flipped)
+    def _normed_tokens(self, images: Tensor) -> tuple[Tensor, SequenceLayout]:
+        branch, layout = self._embed(images)
+        residual: Tensor | None = None
+        for step in range(len(self.blocks) // self.blocks_per_step):
+            branch, residual = self._run_step(step, branch, residual, layout)
         normed, _ = self.norm(self.drop_path(branch), residual)
-        return normed, positions
+        return normed, layout
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, ...]]:
+    def _embed(self, images: Tensor) -> tuple[Tensor, SequenceLayout]:
         self._check(images)
         patches, grid = self.patch_embedding(images)
         positions = class_token_positions(self.config.readout, patches.shape[1])
@@ -275,77 +269,42 @@ class Vim(nn.Module):
         if self.position_embedding is not None:
             tokens = tokens + self.position_embedding(grid).to(tokens.dtype)
             tokens = self.dropout(tokens)
-        return tokens, grid, positions
-
-    def _maybe_flip(
-        self, tokens: Tensor, positions: tuple[int, ...]
-    ) -> tuple[Tensor, tuple[int, ...], bool]:
         if self.config.bidirectional != "sequence":
-            return tokens, positions, False
+            return tokens, SequenceLayout(grid, positions)
         if torch.rand(()).item() >= self.config.sequence_flip_probability:
-            return tokens, positions, False
+            return tokens, SequenceLayout(grid, positions)
         # class tokens are read where they stand after the flip; the published code reads their
         # unflipped index, another token unless the sequence is symmetric around it
-        last = tokens.shape[1] - 1
-        return tokens.flip(1), tuple(last - position for position in reversed(positions)), True
+        flipped_positions = mirror_positions(positions, tokens.shape[1])
+        return tokens.flip(1), SequenceLayout(grid, flipped_positions, flipped=True)
 
-    def _run_blocks(
-        self,
-        i: int,
-        branch: Tensor,
-        residual: Tensor | None,
-        grid: tuple[int, int],
-        positions: tuple[int, ...],
-        flipped: bool,
+    def _run_step(
+        self, step: int, branch: Tensor, residual: Tensor | None, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor]:
-        """Run block i, or the pair that it opens when bidirectional is "layer"."""
-        if self.config.rope != "none":
-            branch = self._rotate(branch, grid, positions, flipped)
-            if self.config.rope == "tokens+residual" and residual is not None:
-                residual = self._rotate(residual, grid, positions, flipped)
-        ahead = self._run_block(i, branch, residual)
-        if self.config.bidirectional != "layer":
-            return ahead
-        back = self._run_block(
-            i + 1, branch.flip(1), None if residual is None else residual.flip(1)
-        )
-        return ahead[0] + back[0].flip(1), ahead[1] + back[1].flip(1)
+        first = step * self.blocks_per_step
+        blocks = [self.blocks[first + i] for i in range(self.blocks_per_step)]
+        recompute = self.activation_checkpointing
+        return run_blocks(blocks, branch, residual, layout, self.config, recompute=recompute)
 
-    def _run_block(self, i: int, branch: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            block = self.blocks[i]
-            is_random = isinstance(block, VimBlock) and isinstance(block.drop_path, DropPath)
-            out: tuple[Tensor, Tensor] = checkpoint(
-                block, branch, residual, use_reentrant=False, preserve_rng_state=is_random
-            )
-            return out
-        result: tuple[Tensor, Tensor] = self.blocks[i](branch, residual)
-        return result
-
-    def _rotate(
-        self, sequence: Tensor, grid: tuple[int, int], positions: tuple[int, ...], flipped: bool
-    ) -> Tensor:
-        if flipped:  # angles belong to the picture's own order
-            sequence = sequence.flip(1)
-            last = sequence.shape[1] - 1
-            positions = tuple(last - position for position in reversed(positions))
-        rotated = rotate_tokens(
-            sequence,
-            grid,
-            positions,
-            layout=self.config.rope_layout,
-            reference_grid=self.config.rope_reference_grid,
-        )
-        return rotated.flip(1) if flipped else rotated
+    def _read_out(self, tokens: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Return logits from normed tokens (B, L, D) whose class tokens stand at `positions`."""
+        readout = self.config.readout
+        if readout == "max":  # published: the head sees every token, then the maximum
+            per_token: Tensor = self.head(tokens)
+            return per_token.amax(dim=1)
+        if readout == "mean":
+            read = tokens.mean(dim=1)
+        elif readout == "last":
+            read = tokens[:, -1]
+        elif readout == "double":
+            read = (tokens[:, positions[0]] + tokens[:, positions[1]]) / 2
+        else:
+            read = tokens[:, positions[0]]
+        logits: Tensor = self.head(read)
+        return logits
 
     def _to_map(
-        self,
-        branch: Tensor,
-        residual: Tensor,
-        grid: tuple[int, int],
-        positions: tuple[int, ...],
-        flipped: bool,
-        kind: FeatureKind,
+        self, branch: Tensor, residual: Tensor, layout: SequenceLayout, kind: FeatureKind
     ) -> Tensor:
         if kind == "mixer":
             sequence = branch
@@ -353,10 +312,7 @@ class Vim(nn.Module):
             sequence = residual + branch
         else:
             sequence, _ = self.norm(branch, residual)
-        patches, _ = split_tokens(sequence, positions)
-        if flipped:
-            patches = patches.flip(1)
-        return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
+        return sequence_to_map(sequence, layout)
 
     def _check(self, images: Tensor) -> None:
         channels = self.config.in_channels
@@ -380,3 +336,81 @@ class Vim(nn.Module):
                 f"images are {images.dtype} but the model is {weight.dtype}; convert one of them "
                 "with .to(dtype), or run under torch.autocast"
             )
+
+
+def make_head(d_model: int, num_classes: int) -> nn.Linear:
+    """Return a linear classifier, initialised as published."""
+    head = nn.Linear(d_model, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    branch: Tensor,
+    residual: Tensor | None,
+    layout: SequenceLayout,
+    config: VimConfig,
+    *,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run one block, or the pair of bidirectional "layer", and the rotation that comes before.
+
+    Args:
+        blocks: one VimBlock, or a pair that reads the same input from both ends.
+        branch, residual: as VimBlock takes and returns them.
+        layout: of both.
+        config: of the model that the blocks belong to.
+        recompute: keep no activations inside the blocks for the backward pass.
+    """
+    if config.rope != "none":
+        branch = _rotate(branch, layout, config)
+        if config.rope == "tokens+residual" and residual is not None:
+            residual = _rotate(residual, layout, config)
+    ahead = _run_block(blocks[0], branch, residual, recompute)
+    if len(blocks) == 1:
+        return ahead
+    reversed_residual = None if residual is None else residual.flip(1)
+    back = _run_block(blocks[1], branch.flip(1), reversed_residual, recompute)
+    return ahead[0] + back[0].flip(1), ahead[1] + back[1].flip(1)
+
+
+def sequence_to_map(sequence: Tensor, layout: SequenceLayout) -> Tensor:
+    """Return the patches of a sequence (B, L, D) as a map (B, D, h, w)."""
+    patches, _ = split_tokens(sequence, layout.positions)
+    if layout.flipped:
+        patches = patches.flip(1)
+    return patches.transpose(1, 2).reshape(len(patches), -1, *layout.grid)
+
+
+def mirror_positions(positions: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Return where class tokens stand when a sequence of `length` tokens is flipped, ascending."""
+    return tuple(length - 1 - position for position in reversed(positions))
+
+
+def _run_block(
+    block: nn.Module, branch: Tensor, residual: Tensor | None, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor]
+    if recompute and torch.is_grad_enabled():
+        is_random = isinstance(block, VimBlock) and isinstance(block.drop_path, DropPath)
+        out = checkpoint(block, branch, residual, use_reentrant=False, preserve_rng_state=is_random)
+    else:
+        out = block(branch, residual)
+    return out
+
+
+def _rotate(sequence: Tensor, layout: SequenceLayout, config: VimConfig) -> Tensor:
+    positions = layout.positions
+    if layout.flipped:  # angles belong to the picture's own order
+        sequence = sequence.flip(1)
+        positions = mirror_positions(positions, sequence.shape[1])
+    rotated = rotate_tokens(
+        sequence,
+        layout.grid,
+        positions,
+        layout=config.rope_layout,
+        reference_grid=config.rope_reference_grid,
+    )
+    return rotated.flip(1) if layout.flipped else rotated
