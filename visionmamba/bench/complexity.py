@@ -305,7 +305,7 @@ def floor_steps(config: "VimConfig") -> tuple[Step, ...]:
 
 
 def _widths(config: "VimConfig") -> tuple[int, int, int]:
-    from visionmamba.ops.cuda.mixer import MixerSizes
+    from visionmamba.ops.cuda.pack import MixerSizes
 
     sizes = MixerSizes(
         d_model=config.d_model,

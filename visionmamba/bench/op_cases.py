@@ -210,7 +210,7 @@ def _fused_cases(
     import torch
     from torch.nn import functional as F
 
-    from visionmamba.ops.cuda.mixer import pack_mixer
+    from visionmamba.ops.cuda.pack import pack_mixer
 
     parameters = mixer.parameters_to_fuse()
     assert parameters is not None

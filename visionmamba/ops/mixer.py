@@ -12,15 +12,12 @@ from torch import Tensor
 from visionmamba.ops._checks import activation_dtype, needs_grad
 from visionmamba.ops.cuda import cuda_backend
 from visionmamba.ops.cuda.mixer import (
-    PARAMETERS,
-    PackedMixer,
     fused_block,
     mixer_backward,
     mixer_forward,
     num_kept_states,
-    pack_mixer,
-    sizes_of_mixer,
 )
+from visionmamba.ops.cuda.pack import PARAMETERS, PackedMixer, pack_mixer, sizes_of_mixer
 
 __all__ = ["PackedMixer", "can_fuse_mixer", "fused_block", "fused_mixer", "pack_mixer"]
 

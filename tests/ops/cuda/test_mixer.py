@@ -5,7 +5,7 @@ import torch
 
 from visionmamba.models.mixer import BidirectionalMixer
 from visionmamba.ops import can_fuse_mixer, fused_block, fused_mixer, pack_mixer
-from visionmamba.ops.cuda.mixer import PARAMETERS
+from visionmamba.ops.cuda.pack import PARAMETERS
 
 pytestmark = pytest.mark.gpu
 

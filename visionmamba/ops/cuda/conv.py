@@ -10,12 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionmamba.ops.cuda.driver import kernels
+from visionmamba.ops.cuda.driver import DTYPE_NAMES, kernels
 
 MAX_TAPS = 8
 """Most taps that the kernels know."""
 _WARPS = 4
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FORWARD_WARPS, _BACKWARD_WARPS = 20, 12
 """Warps of a multiprocessor that share the tokens."""
 
@@ -198,7 +197,7 @@ def _launch(
     kind: str, problem: _Convolution, x: Tensor, size: str, blocks: int, directions: int
 ) -> None:
     kernels("conv", x.device).launch(
-        f"conv_{kind}_kernel_{size}_{_NAMES[x.dtype]}_{directions}",
+        f"conv_{kind}_kernel_{size}_{DTYPE_NAMES[x.dtype]}_{directions}",
         problem,
         blocks,
         32 * _WARPS,

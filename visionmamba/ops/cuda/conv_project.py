@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
-from visionmamba.ops.cuda.driver import kernels
+from visionmamba.ops.cuda.driver import DTYPE_NAMES, kernels
 
 _CHANNELS, _MAX_OUTPUTS, _MAX_TAPS = 384, 48, 4
 _GROUPS, _THREADS = 4, 28 * 32
@@ -15,7 +15,7 @@ _MIN_RUN, _RUN_COST = 4, 12
 """Fewest tokens of a run, and the tokens that its start and end cost."""
 _SHARED_BYTES = (2 * 48 + 2 * 2 * 4 * 8) * (2 * _CHANNELS + 16) + 16 * 4 * 2 * _CHANNELS
 """Of a block: Shared in conv_project.cu."""
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class _ConvProject(ctypes.Structure):
@@ -36,7 +36,7 @@ def supports_conv_project(x: Tensor, conv_weight: Tensor, weight: Tensor) -> boo
     """
     width = weight.shape[1]
     return (
-        x.dtype in _NAMES
+        x.dtype in _DTYPES
         and x.shape[2] == _CHANNELS
         and x.stride(2) == 1
         and not (x.data_ptr() % 4 or x.stride(0) % 2 or x.stride(1) % 2)
@@ -86,7 +86,7 @@ def conv_project(
         runs=runs,
     )
     on.launch(
-        f"conv_project_kernel_{_NAMES[x.dtype]}",
+        f"conv_project_kernel_{DTYPE_NAMES[x.dtype]}",
         problem,
         blocks,
         _THREADS,

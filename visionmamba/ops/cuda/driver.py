@@ -9,6 +9,8 @@ import torch
 from visionmamba.ops.cuda.build import compiled_kernels
 from visionmamba.ops.kernel_cache import UnavailableError
 
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Dtypes of activations as they stand in the kernels' names."""
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...: start before the kernel before
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionmamba.ops.cuda.driver import kernels
+from visionmamba.ops.cuda.driver import DTYPE_NAMES, kernels
 
 _THREADS = 256
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class _Gate(ctypes.Structure):
@@ -117,7 +116,7 @@ def _launch(kind: str, problem: _Gate, z: Tensor, scale: float, dz: Tensor | Non
     wide = places % 16 == 0
     threads = batch * length * (channels // (at_once if wide else 2))
     kernels("gate", z.device).launch(
-        f"gate_{kind}_kernel_{_NAMES[z.dtype]}{'_wide' if wide else ''}",
+        f"gate_{kind}_kernel_{DTYPE_NAMES[z.dtype]}{'_wide' if wide else ''}",
         problem,
         -(-threads // _THREADS),
         _THREADS,

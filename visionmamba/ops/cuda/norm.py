@@ -9,10 +9,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from visionmamba.ops.cuda.driver import kernels
+from visionmamba.ops.cuda.driver import DTYPE_NAMES, kernels
 
 _THREADS = 256
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _BACKWARD_BLOCKS = {"192": 3, "384": 3, "768": 1, "any": 4}
 """Blocks of a multiprocessor that walk over all rows, by the width that the kernel is made for."""
 
@@ -68,7 +67,7 @@ def add_rms_norm(
     size = _size(width, places)
     rows_of_block = _THREADS // (16 if size == "192" else 32)
     kernels("norm", x.device).launch(
-        f"norm_forward_kernel_{_NAMES[x.dtype]}_{_NAMES[other.dtype]}_{size}",
+        f"norm_forward_kernel_{DTYPE_NAMES[x.dtype]}_{DTYPE_NAMES[other.dtype]}_{size}",
         problem,
         -(-problem.rows // rows_of_block),
         _THREADS,
@@ -129,7 +128,7 @@ def add_rms_norm_backward(
     dweight = torch.empty_like(weight)
     problem.partials = partials.data_ptr()
     compiled.launch(
-        f"norm_backward_kernel_{_NAMES[x_dtype]}_{_NAMES[total.dtype]}_{size}",
+        f"norm_backward_kernel_{DTYPE_NAMES[x_dtype]}_{DTYPE_NAMES[total.dtype]}_{size}",
         problem,
         blocks,
         _THREADS,

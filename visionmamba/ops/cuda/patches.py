@@ -5,10 +5,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from visionmamba.ops.cuda.driver import kernels
+from visionmamba.ops.cuda.driver import DTYPE_NAMES, kernels
 
 _THREADS, _PIECE = 256, 8
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class _Patches(ctypes.Structure):
@@ -22,7 +21,9 @@ class _Patches(ctypes.Structure):
 
 def takes_patches(images: Tensor, patch_size: int, dtype: torch.dtype) -> bool:
     """Return whether the kernel cuts these: sides in whole eights, no float64."""
-    return dtype in _NAMES and images.dtype in (dtype, torch.float32) and patch_size % _PIECE == 0
+    return (
+        dtype in DTYPE_NAMES and images.dtype in (dtype, torch.float32) and patch_size % _PIECE == 0
+    )
 
 
 def patch_rows(
@@ -63,7 +64,7 @@ def patch_rows(
     )
     threads = batch * rows * columns * (numbers // _PIECE)
     kernels("patches", images.device).launch(
-        f"patches_kernel_{_NAMES[images.dtype]}_{_NAMES[dtype]}",
+        f"patches_kernel_{DTYPE_NAMES[images.dtype]}_{DTYPE_NAMES[dtype]}",
         problem,
         -(-threads // _THREADS),
         _THREADS,

@@ -9,9 +9,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from visionmamba.ops.cuda.driver import Kernels, kernels
+from visionmamba.ops.cuda.driver import DTYPE_NAMES, Kernels, kernels
 
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = (torch.bfloat16, torch.float16)
 _D_MODEL, _D_INNER = 192, 384
 """Widths that the kernels are made for: those of Vim-Ti."""
 _TILE, _FEW_TILE = 64, 16
@@ -48,7 +48,7 @@ class _GateProject(ctypes.Structure):
 def supports_norm_project(branch: Tensor, weight: Tensor) -> bool:
     """Return whether norm_project takes branch (B, L, D) and weight (2E, D), and is quicker."""
     columns, d_model = weight.shape
-    if branch.dtype not in _NAMES or d_model != _D_MODEL or columns % _BLOCK_COLUMNS:
+    if branch.dtype not in _DTYPES or d_model != _D_MODEL or columns % _BLOCK_COLUMNS:
         return False
     rows = branch.numel() // d_model
     return rows <= _NORM_MOST_ROWS and _is_quick(branch.device, rows)
@@ -92,14 +92,14 @@ def norm_project(
     if _are_many(found, rows):
         problem.parts = columns // _BLOCK_COLUMNS
         groups = min(found.num_multiprocessors // problem.parts, -(-rows // _TILE))
-        name, blocks = f"norm_project_kernel_{_NAMES[branch.dtype]}", groups * problem.parts
+        name, blocks = f"norm_project_kernel_{DTYPE_NAMES[branch.dtype]}", groups * problem.parts
         found.launch(
             name, problem, blocks, _MANY_THREADS, shared_bytes=_MANY_SHARED, starts_early=True
         )
     else:
         tiles = -(-rows // _FEW_TILE)
         problem.parts = _parts(found, tiles, columns)
-        name = f"norm_project_few_kernel_{_NAMES[branch.dtype]}"
+        name = f"norm_project_few_kernel_{DTYPE_NAMES[branch.dtype]}"
         shared = _FEW_STAGES + 2 * _FEW_TILE * _D_MODEL
         blocks = tiles * problem.parts
         found.launch(name, problem, blocks, _FEW_THREADS, shared_bytes=shared, starts_early=True)
@@ -108,7 +108,7 @@ def norm_project(
 
 def supports_gate_project(y: Tensor, z: Tensor, weight: Tensor) -> bool:
     """Return whether gate_project takes these tensors, shaped as there, and is quicker."""
-    if y.dtype not in _NAMES or weight.shape != (_D_MODEL, _D_INNER):
+    if y.dtype not in _DTYPES or weight.shape != (_D_MODEL, _D_INNER):
         return False
     rows_are_even = z.shape[0] == 1 or z.stride(0) == z.shape[1] * z.stride(1)
     rows_are_wide = z.stride(2) == 1 and z.stride(1) % 8 == 0 and z.data_ptr() % 16 == 0
@@ -151,14 +151,14 @@ def gate_project(
     found = kernels("projections", y.device)
     if _are_many(found, rows):
         blocks = min(found.num_multiprocessors, -(-rows // _TILE))
-        name = f"gate_project_kernel_{_NAMES[y.dtype]}"
+        name = f"gate_project_kernel_{DTYPE_NAMES[y.dtype]}"
         found.launch(
             name, problem, blocks, _MANY_THREADS, shared_bytes=_MANY_SHARED, starts_early=True
         )
     else:
         tiles = -(-rows // _FEW_TILE)
         problem.parts = _parts(found, tiles, columns)
-        name = f"gate_project_few_kernel_{_NAMES[y.dtype]}"
+        name = f"gate_project_few_kernel_{DTYPE_NAMES[y.dtype]}"
         shared = _FEW_STAGES + 2 * _FEW_TILE * _D_INNER
         blocks = tiles * problem.parts
         found.launch(name, problem, blocks, _FEW_THREADS, shared_bytes=shared, starts_early=True)
