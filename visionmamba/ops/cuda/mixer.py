@@ -108,7 +108,7 @@ def mixer_backward(
     make_context_current(dout.get_device())
     dout = dout.contiguous()
     dgated = dout @ packed.out_weight
-    dout_weight = _weight_gradient(dout, y[1])
+    dout_weight = weight_gradient(dout, y[1])
     dxz = torch.empty_like(xz)
     dscan = gate_backward(dgated, y[0], z, scale, dz=dxz[..., d_inner:])
     del dgated
@@ -128,8 +128,7 @@ def mixer_backward(
     width = rank + 2 * d_state
     dx_weight = u.new_empty(2, width, d_inner, dtype=torch.float32)
     for i in (0, 1):  # one by one: cuBLAS splits the sum over tokens of a single product alone
-        given = dprojected[i, :, :width].T, u[i].flatten(0, 1)
-        torch.mm(*given, out_dtype=torch.float32, out=dx_weight[i])
+        weight_gradient(dprojected[i, :, :width], u[i], out=dx_weight[i])
     du.flatten(1, 2).baddbmm_(dprojected, packed.x_weight)
     _, dconv_weight, dconv_bias = conv_backward(
         (du[0], du[1]),
@@ -142,7 +141,7 @@ def mixer_backward(
     )
     return [
         dxz @ packed.in_weight,
-        _weight_gradient(dxz, hidden),
+        weight_gradient(dxz, hidden),
         dconv_weight,
         dconv_bias,
         dx_weight,
@@ -154,9 +153,18 @@ def mixer_backward(
     ]
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """Return the float32 gradient of a weight W, y = x W^T, of (B, L, out) and (B, L, in)."""
-    return torch.mm(dy.flatten(0, 1).T, x.flatten(0, 1), out_dtype=torch.float32)
+def weight_gradient(dy: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return the float32 gradient (rows, columns) of a weight W in y = x W^T.
+
+    Args:
+        dy: (..., rows), of all tokens.
+        x: (..., columns), of the same tokens and dtype.
+        out: takes the result.
+    """
+    factors = dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1])
+    if out is None:
+        return torch.mm(*factors, out_dtype=torch.float32)
+    return torch.mm(*factors, out_dtype=torch.float32, out=out)
 
 
 def fused_block(
