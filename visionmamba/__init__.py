@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from visionmamba.models.deit import DeiTConfig
     from visionmamba.models.mixer import BidirectionalMixer
     from visionmamba.models.optimize import optimize
+    from visionmamba.models.published import load_published
     from visionmamba.models.vim import Vim, VimBlock
-    from visionmamba.models.weights import load, load_published, save
+    from visionmamba.models.weights import load, save
     from visionmamba.ops import selective_scan
     from visionmamba.tasks.classification import Classification, Classifier
 
@@ -43,7 +44,7 @@ _HOMES = {
     "VimBlock": "visionmamba.models.vim",
     "VimConfig": "visionmamba.models.config",
     "load": "visionmamba.models.weights",
-    "load_published": "visionmamba.models.weights",
+    "load_published": "visionmamba.models.published",
     "optimize": "visionmamba.models.optimize",
     "save": "visionmamba.models.weights",
     "selective_scan": "visionmamba.ops",

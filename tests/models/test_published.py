@@ -12,7 +12,7 @@ from tests.models.published import (
 )
 from visionmamba import VimConfig
 from visionmamba.models import load_published
-from visionmamba.models.weights import _from_published_keys
+from visionmamba.models.published import published_to_ours
 
 LOGITS_TOLERANCE = 2e-5  # float32 rounding over 24 layers on another machine
 GRADIENT_TOLERANCE = 1e-3  # gradient norms as published in float32
@@ -78,7 +78,7 @@ def relative_error(actual, expected):
 def published_model(options, weights):
     config = VimConfig.from_published({**options, "drop_path_rate": 0.0})
     model = config.build()
-    model.load_state_dict(_from_published_keys(weights))
+    model.load_state_dict(published_to_ours(weights))
     return model.eval()
 
 
@@ -91,7 +91,7 @@ def test_golden_logits_and_gradients_are_reproduced(name):
     assert relative_error(logits, expected) < LOGITS_TOLERANCE
     (logits * factors).sum().backward()
     norms = {key: torch.full((1, 1, 1), norm) for key, norm in meta["grad_norms"].items()}
-    for name, expected_norm in _from_published_keys(norms).items():
+    for name, expected_norm in published_to_ours(norms).items():
         gradient = dict(model.named_parameters())[name].grad
         pieces = gradient.split(1, dim=1) if name == "class_token" else (gradient,)
         actual_norms = torch.stack([piece.norm() for piece in pieces])
@@ -123,7 +123,7 @@ def test_gradients_follow_the_published_formulas():
     (model(images) * factors).sum().backward()
     exact = {key: value.double().requires_grad_() for key, value in weights.items()}
     (published_logits(options, exact, images.double()) * factors).sum().backward()
-    expected = _from_published_keys({key: value.grad for key, value in exact.items()})
+    expected = published_to_ours({key: value.grad for key, value in exact.items()})
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, expected[name]) < 1e-4, name
 

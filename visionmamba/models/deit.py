@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from visionmamba.models.config import names_valid_options
+
+if TYPE_CHECKING:
+    from visionmamba.models.weights import WeightsHeader
 
 
 class DeiTOptions(TypedDict, total=False):
@@ -77,6 +80,9 @@ class DeiTConfig:
 
 class DeiT(VisionTransformer):
     """timm's VisionTransformer built from a DeiTConfig; takes any size that fits its patches."""
+
+    header: "WeightsHeader | None" = None
+    """What the weights file said of outputs and pictures; None for a model that was not loaded."""
 
     def __init__(self, config: DeiTConfig) -> None:
         options: dict[str, Any] = {

@@ -4,8 +4,10 @@ The file to read first. Not here: configuration (config.py), the mixer (mixer.py
 positions (embed.py), files (weights.py).
 """
 
+import os
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visionmamba.models.config import Norm, VimConfig
+from visionmamba.models.config import Norm, VimConfig, VimOptions
 from visionmamba.models.embed import (
     PatchEmbedding,
     PositionEmbedding,
@@ -24,6 +26,11 @@ from visionmamba.models.embed import (
 )
 from visionmamba.models.mixer import BidirectionalMixer
 from visionmamba.ops import rms_norm
+
+if TYPE_CHECKING:
+    from visionmamba.models.adapt import LoadReport, Resize
+    from visionmamba.models.published import Which
+    from visionmamba.models.weights import WeightsHeader
 
 FeatureKind = Literal["residual", "mixer", "normed"]
 
@@ -117,6 +124,11 @@ class Vim(nn.Module):
         config: all options; `Vim(VimConfig.tiny(num_classes=10))`.
     """
 
+    header: "WeightsHeader | None" = None
+    """What the weights file said of outputs and pictures; None for a model that was not loaded."""
+    load_report: "LoadReport | None" = None
+    """How load_published or from_pretrained made the model."""
+
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
         if not isinstance(config, VimConfig):
@@ -174,6 +186,39 @@ class Vim(nn.Module):
             self.head = make_head(width, config.num_classes)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        which: "Which" = "model",
+        resize: "Resize" = "grid",
+        **config_overrides: Unpack[VimOptions],
+    ) -> "Vim":
+        """Return a model by its published name, Hub repository, folder or file: see hub.py."""
+        from visionmamba.models.hub import from_pretrained
+
+        return from_pretrained(
+            name_or_path,
+            filename=filename,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            which=which,
+            resize=resize,
+            **config_overrides,
+        )
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload weights, configuration and model card to the Hub; return the address."""
+        from visionmamba.models.hub import push_to_hub
+
+        return push_to_hub(self, repository, private=private)
 
     @property
     def num_classes(self) -> int:

@@ -1,33 +1,32 @@
-"""Weights on disk: safetensors with everything needed to use them, and the authors' checkpoints.
+"""Weights on disk: safetensors with everything needed to use them.
 
 The header of a file (metadata key "visionmamba", JSON) says which model it is, what its outputs
-mean and how pictures are prepared. Nothing is ever unpickled freely.
+mean and how pictures are prepared. The authors' checkpoints are in published.py, the Hub in hub.py.
 """
 
-import argparse
+import contextlib
 import json
 import os
-import pickle
-import re
 import tempfile
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from visionmamba import __version__
-from visionmamba.models.config import VimConfig, VimOptions
+from visionmamba.models.card import model_card
+from visionmamba.models.config import VimConfig
 from visionmamba.models.deit import DeiT, DeiTConfig
 from visionmamba.models.vim import Vim
 
 METADATA_KEY = "visionmamba"
 FORMAT_VERSION = 1
+WEIGHTS_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +55,33 @@ def save(
     path: str | os.PathLike[str],
     *,
     task: str = "classification",
-    class_names: tuple[str, ...] = (),
+    class_names: tuple[str, ...] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Vim or DeiT as safetensors, under a temporary name first, so never half.
 
+    A path without ending, or of a folder, becomes a folder laid out for the Hub: model.safetensors,
+    config.json (the header, for readers) and the model card README.md, unless there is one.
+
     Args:
         model: a model with a VimConfig or DeiTConfig as `.config`.
-        path: file to write; an existing one is replaced.
-        task, class_names, preprocessing: see WeightsHeader.
+        path: NAME.safetensors or a folder; existing weights are replaced.
+        task: see WeightsHeader.
+        class_names, preprocessing: see WeightsHeader; None takes those that the model was loaded
+            with, if any.
 
     Raises:
         TypeError: the model is neither.
-        ValueError: the number of class names is not the model's number of classes.
+        ValueError: the number of class names is not the model's number of classes, or the ending is
+            another.
         FileNotFoundError: the folder does not exist.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, VimConfig | DeiTConfig):
         raise TypeError(f"save takes a Vim or a DeiT; got {type(model).__name__}")
+    loaded_with = getattr(model, "header", None) or WeightsHeader()
+    if class_names is None:
+        class_names = loaded_with.class_names
     if class_names and len(class_names) != config.num_classes:
         raise ValueError(
             f"class_names must name the model's {config.num_classes} classes; "
@@ -87,36 +95,31 @@ def save(
         architecture="vim" if isinstance(config, VimConfig) else "deit",
         config=asdict(config),
         class_names=tuple(class_names),
-        preprocessing=dict(preprocessing or {}),
+        preprocessing=dict(loaded_with.preprocessing if preprocessing is None else preprocessing),
     )
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(asdict(header))})
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    if target.suffix == ".safetensors" and not target.is_dir():
+        _write_tensors(model, header, target)
+        return
+    if target.suffix and not target.is_dir():
+        raise ValueError(
+            f"save writes safetensors; got {target}: name the file {target.stem}.safetensors, or "
+            "give a folder"
+        )
+    target.mkdir(exist_ok=True)
+    _write_tensors(model, header, target / WEIGHTS_NAME)
+    _write_text(json.dumps(asdict(header), indent=2) + "\n", target / "config.json")
+    if not (target / "README.md").exists():
+        _write_text(model_card(model, asdict(header)), target / "README.md")
 
 
 def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
-    """Return what a weights file says about itself, without reading its tensors.
+    """Return what a weights file (or a folder with one) says about itself, without its tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a whole safetensors file, not from this package, or from a newer one.
     """
-    _require_file(path)
-    try:
-        with safe_open(path, framework="pt") as weights:
-            metadata = weights.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from None
+    metadata = read_metadata(weights_file(path))
     if METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} holds tensors but no visionmamba header; save it with visionmamba.save, or "
@@ -147,25 +150,67 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "auto") -
     """Return the model of a weights file in evaluation mode; its `.header` is a WeightsHeader.
 
     Args:
-        path: a file written by `save`.
+        path: a file or a folder written by `save`.
         device: where the model goes; "auto" is the GPU when there is one.
 
     Raises:
         FileNotFoundError, ValueError: as read_header, or the tensors do not fit the configuration.
     """
     header = read_header(path)
-    try:
-        model = _build(header)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes a model that cannot be built: {error}") from None
+    model = config_of(header, path).build()
+    load_strictly(model, read_tensors(path), path)
+    model.header = header
+    return model.eval().to(resolve_device(device))
+
+
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """Return the file itself, or the one that a folder written by `save` holds."""
+    return Path(path) / WEIGHTS_NAME if Path(path).is_dir() else Path(path)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the metadata of a safetensors file of any origin.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole safetensors file.
+    """
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as weights:
-            state = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            return dict(weights.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from None
-    _load_strictly(model, state, path)
-    model.header = header  # type: ignore[assignment]
-    return model.eval().to(resolve_device(device))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file of any origin.
+
+    Raises:
+        ValueError: it is not a whole safetensors file.
+    """
+    try:
+        return load_file(weights_file(path))
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from None
+
+
+def config_of(header: WeightsHeader, path: str | os.PathLike[str]) -> VimConfig | DeiTConfig:
+    """Return the configuration in a header.
+
+    Raises:
+        ValueError: it does not hold; the message names `path`.
+    """
+    options: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in header.config.items()
+    }
+    config_class = VimConfig if header.architecture == "vim" else DeiTConfig
+    try:
+        return config_class(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} describes a model that cannot be built: {error}"
+        ) from None
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -190,51 +235,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def load_published(
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
-    *,
-    which: Literal["model", "model_ema"] = "model",
-    **config_overrides: Unpack[VimOptions],
-) -> Vim:
-    """Return a Vim with weights in the authors' format, in evaluation mode on the CPU.
-
-    Pickles are read through an allow-list (tensors, plain containers, argparse.Namespace).
-    Widths, depth, classes, states and readout are read off the keys and shapes; what shapes cannot
-    tell (stride, picture size when it is not square, halve_directions, rope) is as in the released
-    models unless overridden. Shapes must fit; nothing is resized.
-
-    Args:
-        source: the authors' .pth file, or a state_dict with their key names.
-        which: entry of the file: the raw weights or their moving average.
-        config_overrides: fields of VimConfig.
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: object) -> None:
+    """Copy tensors into a model whose names and shapes must be the same.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read safely, has no such entry, or keys or shapes do not fit.
+        ValueError: they are not; the message begins with `name` and says where.
     """
-    if isinstance(source, Mapping):
-        state, name = dict(source), "the state_dict"
-    else:
-        state, name = _read_checkpoint(source, which), os.fspath(source)
-    missing = [key for key in ("norm_f.weight", "layers.0.mixer.A_log") if key not in state]
-    if missing:
-        raise ValueError(f"{name} is not a published Vim: it has no {' and no '.join(missing)}")
-    options: dict[str, Any] = {**_options_from_shapes(state), **config_overrides}
-    model = Vim(VimConfig(**options))
-    _load_strictly(model, _from_published_keys(state), name)
-    return model.eval()
-
-
-def _build(header: WeightsHeader) -> Vim | DeiT:
-    options: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in header.config.items()
-    }
-    if header.architecture == "vim":
-        return Vim(VimConfig(**options))
-    return DeiT(DeiTConfig(**options))
-
-
-def _load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: object) -> None:
     wanted = model.state_dict()
     absent, unknown = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     if absent or unknown:
@@ -255,7 +261,8 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _require_file(path: str | os.PathLike[str]) -> None:
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError unless there is such a file."""
     if not Path(path).is_file():
         what = "a folder" if Path(path).is_dir() else "missing"
         raise FileNotFoundError(f"weights file {os.fspath(path)} is {what}; check the path")
@@ -268,99 +275,29 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
     )
 
 
-def _read_checkpoint(path: str | os.PathLike[str], which: str) -> dict[str, Tensor]:
-    _require_file(path)
+def _write_tensors(model: nn.Module, header: WeightsHeader, target: Path) -> None:
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    with _replacing(target) as temporary:
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(asdict(header))})
+
+
+def _write_text(text: str, target: Path) -> None:
+    with _replacing(target) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[str]:
+    """Yield a temporary name beside the target, which it replaces when all went well."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
     try:
-        with (
-            torch.serialization.safe_globals([argparse.Namespace]),
-            warnings.catch_warnings(action="ignore"),  # advice about pickle protocols
-        ):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{os.fspath(path)} cannot be read safely: {reason}") from None
-    state = checkpoint
-    if isinstance(checkpoint, Mapping) and "model" in checkpoint:
-        if which not in checkpoint:
-            raise ValueError(f"{os.fspath(path)} has no entry {which!r}; use which='model'")
-        state = checkpoint[which]
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{os.fspath(path)} holds no state_dict of tensors")
-    return dict(state)
-
-
-def _options_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    d_inner, d_state = state["layers.0.mixer.A_log"].shape
-    if "cls_token_head" in state:
-        readout, class_tokens = "double", 2
-    elif "cls_token" in state:
-        readout, class_tokens = "middle", 1
-    else:
-        readout, class_tokens = "mean", 0
-    bidirectional = "none"
-    if "layers.0.mixer.A_b_log" in state:
-        bidirectional = "ssm+conv" if "layers.0.mixer.D_b" in state else "ssm"
-    options: dict[str, Any] = {
-        "patch_size": patch,
-        "in_channels": channels,
-        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
-        "d_model": width,
-        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers.")),
-        "d_state": d_state,
-        "d_conv": state["layers.0.mixer.conv1d.weight"].shape[-1],
-        "expand": d_inner // width,
-        "dt_rank": state["layers.0.mixer.dt_proj.weight"].shape[1],
-        "bidirectional": bidirectional,
-        "readout": readout,
-        "norm": "layernorm" if "norm_f.bias" in state else "rmsnorm",
-        "layer_scale": 1.0 if "layers.0.mixer.gamma" in state else None,
-        "position_embedding": "learned" if "pos_embed" in state else "none",
-    }
-    if (
-        "rope.freqs_cos" in state
-    ):  # the models of January 2024, trained before directions were halved
-        options.update(rope="tokens+residual", rope_layout="published", halve_directions=False)
-    if "pos_embed" in state:
-        side = round((state["pos_embed"].shape[1] - class_tokens) ** 0.5)
-        # the released fine-tuned models see 224 px at stride 8, hence 27 patches a side
-        stride = 8 if (side, patch) == (27, 16) else patch
-        options.update(stride=stride, image_size=(side - 1) * stride + patch)
-    return options
-
-
-_PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
-    (r"^pos_embed$", "position_embedding.weight"),
-    (r"^patch_embed\.proj\.", "patch_embedding."),
-    (r"^norm_f\.", "norm."),
-    (r"^layers\.", "blocks."),
-    (r"\.mixer\.gamma$", ".mixer.layer_scale"),
-    (r"\.mixer\.A_b_log$", ".mixer.directions.1.A_log"),
-    (r"\.mixer\.D_b$", ".mixer.directions.1.D"),
-    (r"\.mixer\.(A_log|D)$", r".mixer.directions.0.\1"),
-    (r"\.mixer\.(conv1d|dt_proj|x_proj)_b\.", r".mixer.directions.1.\1."),
-    (r"\.mixer\.(conv1d|dt_proj|x_proj)\.", r".mixer.directions.0.\1."),
-    (r"\.conv1d\.(weight|bias)$", r".conv_\1"),
-    (r"\.dt_proj\.(weight|bias)$", r".dt_\1"),
-)
-
-
-def _from_published_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under this package's names and shapes."""
-    shares_all_but_A = "layers.0.mixer.A_b_log" in state and "layers.0.mixer.D_b" not in state
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        if key.startswith("rope.") or key.startswith("cls_token"):
-            continue  # rotations are computed; class tokens are joined below
-        name = key
-        if shares_all_but_A:
-            name = name.replace(".mixer.A_b_log", ".mixer.backward_A_log")
-        for pattern, replacement in _PUBLISHED_NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor.squeeze(1) if name.endswith("conv_weight") else tensor
-    tokens = [
-        state[key] for key in ("cls_token", "cls_token_head", "cls_token_tail") if key in state
-    ]
-    if tokens:
-        renamed["class_token"] = torch.cat(tokens, dim=1)
-    return renamed
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
