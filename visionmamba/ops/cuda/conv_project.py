@@ -11,8 +11,10 @@ from visionmamba.ops.cuda.driver import DTYPE_NAMES, kernels
 _CHANNELS, _MAX_OUTPUTS, _MAX_TAPS = 384, 48, 4
 _GROUPS, _THREADS = 4, 28 * 32
 """Runs of tokens in a block at a time, and its threads."""
-_MIN_RUN, _RUN_COST = 4, 12
-"""Fewest tokens of a run, and the tokens that its start and end cost."""
+_STEP, _RUN_COST = 16, 12
+"""A run has whole steps of tokens; what its start and end cost, in tokens."""
+_MIN_TOKENS = 4096
+"""Fewer are as quick apart."""
 _SHARED_BYTES = (2 * 48 + 2 * 2 * 4 * 8) * (2 * _CHANNELS + 16) + 16 * 4 * 2 * _CHANNELS
 """Of a block: Shared in conv_project.cu."""
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -24,19 +26,21 @@ class _ConvProject(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("u", "projected")),
         ("x_batch", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("x_token", "batch", "length", "width", "taps")),
-        *((name, ctypes.c_int32) for name in ("run", "runs")),
+        *((name, ctypes.c_int32) for name in ("runs", "run")),
     )
 
 
 def supports_conv_project(x: Tensor, conv_weight: Tensor, weight: Tensor) -> bool:
-    """Return whether conv_project takes these; else convolve and multiply apart.
+    """Return whether conv_project takes these, and wins; else convolve and multiply apart.
 
-    It wants 384 channels in bfloat16 or float16, 2 to 4 taps, at most 48 outputs in whole eights,
-    rows of x on even addresses, and 220 KB of shared memory a block (H100, H200, B200).
+    It takes 384 channels in bfloat16 or float16, 2 to 4 taps, at most 48 outputs in whole eights,
+    channels in pairs of 4 aligned bytes, and wants 220 KB of shared memory a block (H100, H200,
+    B200). Few tokens are as quick apart.
     """
     width = weight.shape[1]
     return (
         x.dtype in _DTYPES
+        and x.shape[0] * x.shape[1] >= _MIN_TOKENS
         and x.shape[2] == _CHANNELS
         and x.stride(2) == 1
         and not (x.data_ptr() % 4 or x.stride(0) % 2 or x.stride(1) % 2)
@@ -68,7 +72,7 @@ def conv_project(
     u = torch.empty((2, batch, length, _CHANNELS), dtype=x.dtype, device=x.device)
     projected = torch.empty((2, batch, length, width), dtype=x.dtype, device=x.device)
     on = kernels("conv_project", x.device)
-    run, runs, blocks = _plan(batch, length, on.num_multiprocessors)
+    runs, run, blocks = _plan(batch, length, on.num_multiprocessors)
     problem = _ConvProject(
         x=x.data_ptr(),
         conv_weight=conv_weight.data_ptr(),
@@ -82,8 +86,8 @@ def conv_project(
         length=length,
         width=width,
         taps=conv_weight.shape[2],
-        run=run,
         runs=runs,
+        run=run,
     )
     on.launch(
         f"conv_project_kernel_{DTYPE_NAMES[x.dtype]}",
@@ -98,13 +102,17 @@ def conv_project(
 
 @functools.lru_cache(maxsize=1024)
 def _plan(batch: int, length: int, num_multiprocessors: int) -> tuple[int, int, int]:
-    """Return tokens of a run, runs of an image and blocks, so that all blocks end together."""
+    """Return runs of an image, tokens of a run and blocks, so that all blocks end together."""
     groups = num_multiprocessors * _GROUPS
+    if batch * -(-length // 8) <= groups:
+        run = 8
+    else:
 
-    def planned(rounds: int) -> tuple[int, int, int]:
-        run = max(_MIN_RUN, -(-length // max(1, rounds * groups // batch)))
-        runs = -(-length // run)
-        return -(-batch * runs // groups) * (run + _RUN_COST), run, runs
+        def planned(rounds: int) -> tuple[int, int]:
+            tokens = -(-length // max(1, rounds * groups // batch))
+            run = -(-tokens // _STEP) * _STEP
+            return -(-batch * -(-length // run) // groups) * (run + _RUN_COST), run
 
-    _, run, runs = min(planned(rounds) for rounds in range(1, 9))
-    return run, runs, min(num_multiprocessors, batch * runs)
+        _, run = min(planned(rounds) for rounds in range(1, 9))
+    runs = -(-length // run)
+    return runs, run, min(num_multiprocessors, batch * runs)
