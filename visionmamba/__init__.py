@@ -6,6 +6,8 @@ The public names; each is imported at its first use, so that `import visionmamba
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from visionmamba._timm_hook import register_with_timm
+
 if TYPE_CHECKING:
     from visionmamba.models.config import VimConfig
     from visionmamba.models.deit import DeiTConfig
@@ -61,3 +63,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_with_timm()

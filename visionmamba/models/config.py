@@ -58,16 +58,9 @@ def refuse_unknown_options(
         )
 
 
-class VimOptions(TypedDict, total=False):
-    """The fields of VimConfig, for the typed overrides of its sizes."""
+class VimInnerOptions(TypedDict, total=False):
+    """The fields of VimConfig that say what happens between patches and read-out."""
 
-    image_size: int | tuple[int, int]
-    patch_size: int
-    stride: int | None
-    in_channels: int
-    num_classes: int
-    d_model: int
-    depth: int
     d_state: int
     d_conv: int
     expand: int
@@ -84,10 +77,22 @@ class VimOptions(TypedDict, total=False):
     rope: Rope
     rope_layout: RopeLayout
     rope_reference_grid: int
-    drop_path: float
-    dropout: float
     partial_patches: PartialPatches
     initialization: Initialization
+
+
+class VimOptions(VimInnerOptions, total=False):
+    """The fields of VimConfig, for the typed overrides of its sizes."""
+
+    image_size: int | tuple[int, int]
+    patch_size: int
+    stride: int | None
+    in_channels: int
+    num_classes: int
+    d_model: int
+    depth: int
+    drop_path: float
+    dropout: float
     activation_checkpointing: bool
 
 
