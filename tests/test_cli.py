@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.data.test_image_files import png_that_claims
+from tests.models.published import golden_case
 from visionmamba.cli import Predict, main
 from visionmamba.data import MAX_PIXELS, Preprocessing
-from visionmamba.models import VimConfig, save
+from visionmamba.models import VimConfig, load, load_published, save
 
 Output = pytest.CaptureFixture[str]
 
@@ -144,6 +145,48 @@ def test_eval_reports_each_class(weights: Path, pictures: Path, capsys: Output) 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("of 6 images")
     assert [line.split()[0] for line in lines[1:]] == ["cat", "dog"]
+
+
+def test_models_lists_the_published_weights(capsys: Output) -> None:
+    assert main(["models"]) == 0
+    assert "vim_s_midclstok_ft_81p6acc.pth" in capsys.readouterr().out
+
+
+def test_convert_prints_its_report_and_reloads_bit_for_bit(tmp_path: Path, capsys: Output) -> None:
+    meta, published, images, _, _ = golden_case("v2_mid_div2")
+    torch.save({"model": published, "epoch": 3}, tmp_path / "vim.pth")
+    target = tmp_path / "vim.safetensors"
+    assert main(["convert", str(tmp_path / "vim.pth"), str(target)]) == 0
+    output = capsys.readouterr().out
+    assert "guessed, as in the released models: readout='middle', image_size=64" in output
+    assert output.endswith(f"{target}: {meta['params']:,} parameters\n")
+    with torch.no_grad():
+        expected = load_published(published)(images)
+        assert torch.equal(load(target, device="cpu")(images), expected)
+
+
+def test_convert_fits_size_channels_and_classes(tmp_path: Path, capsys: Output) -> None:
+    torch.save({"model": golden_case("v2_mid_div2")[1]}, tmp_path / "vim.pth")
+    options = ["--image-size", "96", "80", "--in-channels", "1", "--num-classes", "2"]
+    options += ["--resize", "published"]
+    out = tmp_path / "vim.safetensors"
+    assert main(["convert", str(tmp_path / "vim.pth"), str(out), *options]) == 0
+    config = load(out, device="cpu").config
+    assert (config.image_size, config.in_channels, config.num_classes) == ((96, 80), 1, 2)
+    assert "resized in the authors' way from (4, 4) to (6, 5)" in capsys.readouterr().out
+
+
+def test_hostile_checkpoint_is_refused(tmp_path: Path, capsys: Output) -> None:
+    torch.save({"model": Path("x")}, tmp_path / "vim.pth")  # any class that is not allow-listed
+    target = tmp_path / "vim.safetensors"
+    assert main(["convert", str(tmp_path / "vim.pth"), str(target)]) == 2
+    assert "vim.pth cannot be read safely" in complaint(capsys)
+    assert not target.exists()
+
+
+def test_convert_refuses_three_sides(tmp_path: Path, capsys: Output) -> None:
+    assert main(["convert", "in.pth", "out.safetensors", "--image-size", "1", "2", "3"]) == 2
+    assert complaint(capsys) == "--image-size takes a side, or height and width; got 3 numbers"
 
 
 def test_info_names_versions_devices_and_backends(capsys: Output) -> None:

@@ -322,7 +322,7 @@ def _convert(given: list[str]) -> int:
     if options.in_channels is not None:
         overrides["in_channels"] = options.in_channels
     if size is not None:
-        overrides["image_size"] = (size[0], size[-1])
+        overrides["image_size"] = size[0] if len(size) == 1 else (size[0], size[1])
     if options.stride is not None:
         overrides["stride"] = options.stride
     model = Vim.from_pretrained(

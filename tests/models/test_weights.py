@@ -1,18 +1,14 @@
 """Weights on disk: whole or not at all, described by their header, hostile files refused."""
 
-import argparse
 import json
 import os
-import pickle
-import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models.published import golden_case
 from visionmamba import VimConfig, load, save
-from visionmamba.models import DeiTConfig, load_published, read_header
+from visionmamba.models import DeiTConfig, read_header
 from visionmamba.models.weights import FORMAT_VERSION, resolve_device
 
 VIM = VimConfig(image_size=32, patch_size=8, d_model=16, depth=2, num_classes=3)
@@ -137,47 +133,40 @@ def test_unknown_device_is_refused():
         resolve_device("gpu")
 
 
-def checkpoint(tmp_path, **entries):
-    _, weights, images, expected, _ = golden_case("v2_mid_div2")
-    path = tmp_path / "vim.pth"
-    namespace = argparse.Namespace(model="vim_tiny", lr=1e-3)
-    torch.save({"model": weights, "args": namespace, "epoch": 3, "scaler": "none", **entries}, path)
-    return path, images, expected
+def test_folder_is_laid_out_for_the_hub(tmp_path):
+    save(VIM.build(), tmp_path / "vim", class_names=("a", "b", "c"))
+    assert sorted(os.listdir(tmp_path / "vim")) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "vim" / "config.json").read_text())
+    header = read_header(tmp_path / "vim")
+    assert config == json.loads(json.dumps(header.__dict__))
+    assert load(tmp_path / "vim", device="cpu").header == header
 
 
-def test_checkpoint_in_the_authors_format_loads_through_the_allow_list(tmp_path):
-    path, images, expected = checkpoint(tmp_path)
-    logits = load_published(path)(images)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("config", [VIM, DEIT])
+def test_card_says_what_the_model_is(config, tmp_path):
+    model = config.build()
+    save(model, tmp_path / "m", class_names=("a", "b", "c"))
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: visionmamba\npipeline_tag: image-classification\n")
+    assert f"- Parameters: {sum(p.numel() for p in model.parameters()):,}" in card
+    assert "- Outputs: 3 classes: a, b, c" in card
+    assert str(tmp_path) not in card
 
 
-def test_absent_entry_of_a_checkpoint_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no entry 'model_ema'"):
-        load_published(checkpoint(tmp_path)[0], which="model_ema")
+def test_card_that_is_there_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    save(VIM.build(), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+def test_saving_a_loaded_model_keeps_classes_and_preparation(weights, tmp_path):
+    save(load(weights, device="cpu"), tmp_path / "again.safetensors")
+    assert read_header(tmp_path / "again.safetensors") == read_header(weights)
 
 
-def test_hostile_pickle_is_refused_and_runs_nothing(tmp_path):
-    path, _, _ = checkpoint(tmp_path, args=Hostile(tmp_path / "ran"))
-    with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read safely")):
-        load_published(path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_plain_pickle_is_refused(tmp_path):
-    (tmp_path / "x.pth").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
-    with pytest.raises(ValueError, match="cannot be read safely"):
-        load_published(tmp_path / "x.pth")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_state_dict_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="is not a published Vim"):
-        load_published({"weight": torch.zeros(1)})
+def test_other_ending_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"writes safetensors; got .*: name the file w\.safetensors"
+    ):
+        save(VIM.build(), tmp_path / "w.pth")
+    assert os.listdir(tmp_path) == []

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -41,7 +42,8 @@ from visionmamba.models.weights import (
 Which = Literal["model", "model_ema"]
 Facts = dict[str, tuple[Any, Origin]]
 
-IMAGENET_CLASSES = 1000
+_IMAGENET_CLASSES = 1000
+_ANGLE_TOLERANCE = 1e-3  # of a cosine, in half precision at worst
 
 
 def load_published(
@@ -141,14 +143,11 @@ def _find_state(contents: object, name: str, which: Which) -> _Checkpoint:
 
 def _unpickle(path: str | os.PathLike[str]) -> object:
     """Return what a torch file holds, through torch's allow-list and a few plain types."""
-    make_scalar: Any = np.float64(0).__reduce__()[0]  # its module's name differs between versions
-    kinds = [type(np.dtype(kind)) for kind in ("?", *np.typecodes["AllInteger"], *"efdg")]
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         argparse.Namespace,
-        np.dtype,
-        *kinds,
-        (make_scalar, "numpy.core.multiarray.scalar"),
-        (make_scalar, "numpy._core.multiarray.scalar"),
+        (_NumberKind, "numpy.dtype"),
+        (_number, "numpy.core.multiarray.scalar"),
+        (_number, "numpy._core.multiarray.scalar"),
     ]
     try:
         with (
@@ -158,12 +157,48 @@ def _unpickle(path: str | os.PathLike[str]) -> object:
             return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except _UNPICKLING_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{os.fspath(path)} cannot be read safely: {reason}; "
             "get the file again from its authors"
         ) from None
+
+
+_UNPICKLING_ERRORS = (  # what torch raises on files that are damaged or made to harm
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class _NumberKind:
+    """Stands for a numpy.dtype in a pickle: real ones crash on a state that is made up."""
+
+    def __init__(self, code: str, *_copying: object) -> None:
+        if not re.fullmatch(r"[biuf][1248]", code):
+            raise pickle.UnpicklingError(f"{code!r} is no type of a plain number")
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] == ">":
+            self.code = f">{self.code}"
+
+
+def _number(kind: _NumberKind, data: bytes) -> bool | int | float:
+    """Stand for numpy's scalar in a pickle."""
+    number: bool | int | float = np.frombuffer(data, kind.code, count=1)[0].item()
+    return number
 
 
 _NEEDED = {  # keys that tell the configuration, and how many dimensions each has
@@ -178,6 +213,12 @@ _OPTIONAL = {"pos_embed": 3, "head.weight": 2, "rope.freqs_cos": 2}
 
 def _check_keys(checkpoint: _Checkpoint) -> None:
     state = checkpoint.state
+    odd = [key for key, t in state.items() if not t.is_floating_point() or _is_special(t)]
+    if odd:
+        raise ValueError(
+            f"{checkpoint.name} must hold plain floating-point tensors; {odd[0]} is "
+            f"{state[odd[0]].dtype} ({state[odd[0]].layout}, {state[odd[0]].device})"
+        )
     missing = [key for key in _NEEDED if key not in state]
     if missing:
         raise ValueError(
@@ -189,6 +230,10 @@ def _check_keys(checkpoint: _Checkpoint) -> None:
                 f"{checkpoint.name} is not a published Vim: {key} must have {dim} dimensions; "
                 f"got {tuple(state[key].shape)}"
             )
+
+
+def _is_special(tensor: Tensor) -> bool:
+    return tensor.is_meta or tensor.layout != torch.strided
 
 
 def _understand(
@@ -221,9 +266,11 @@ def _understand(
         facts |= {
             "rope": ("tokens+residual", "assumed"),
             "rope_layout": ("published", "assumed"),
-            "rope_reference_grid": (_reference_grid(state["rope.freqs_cos"]), "shapes"),
+            "rope_reference_grid": (14, "assumed"),
         }
     told, notes = _facts_from_args(checkpoint.args or {}, facts, grid)
+    if has_rope and not _turns_by(overrides.get("rope_reference_grid", 14), state):
+        notes += ("rope.freqs_cos is of another rope_reference_grid: give it, or expect to differ",)
     return {**facts, **told}, grid, notes
 
 
@@ -276,10 +323,14 @@ def _grid_of_overrides(
     return grid if grid[0] * grid[1] == num_patches else None
 
 
-def _reference_grid(cosines: Tensor) -> int:
-    """Return pt_hw_seq_len from the table of cosines (h * w, D): patch 1 turns by it / w."""
-    side, first_of_columns = math.isqrt(len(cosines)), cosines.shape[1] // 2
-    return round(side * math.acos(cosines[1, first_of_columns].clamp(-1, 1).item()))
+def _turns_by(reference_grid: int, state: Mapping[str, Tensor]) -> bool:
+    """Return whether the second patch of the first row is turned by reference_grid / side."""
+    cosines = state["rope.freqs_cos"]  # (h * w, D): D / 2 features of the row, then of the column
+    side, first_of_column = math.isqrt(len(cosines)), cosines.shape[1] // 2
+    if side < 2:
+        return True
+    found = cosines[1, first_of_column].item()
+    return math.isclose(found, math.cos(reference_grid / side), abs_tol=_ANGLE_TOLERANCE)
 
 
 _MODEL_NAME = re.compile(
@@ -323,7 +374,7 @@ def _facts_from_args(
 def _header(config: VimConfig, args: Mapping[str, Any] | None) -> WeightsHeader:
     """Return what the released models say of their outputs and of their pictures."""
     is_imagenet = (
-        config.num_classes == IMAGENET_CLASSES and (args or {}).get("data_set", "IMNET") == "IMNET"
+        config.num_classes == _IMAGENET_CLASSES and (args or {}).get("data_set", "IMNET") == "IMNET"
     )
     preprocessing = {
         "image_size": list(config.resolved_image_size),
