@@ -118,6 +118,19 @@ def test_predict_json_holds_every_picture_of_a_folder(
     assert all(len(one["labels"]) == 1 for one in found)
 
 
+def test_predict_says_what_imagenets_numbers_mean(
+    tmp_path: Path, pictures: Path, capsys: Output
+) -> None:
+    config = VimConfig(image_size=16, patch_size=8, d_model=16, depth=1, num_classes=2)
+    preprocessing = Preprocessing(image_size=16).to_dict()
+    names = ("n01440764", "n99999999")
+    path = tmp_path / "w.safetensors"
+    save(config.build(), path, class_names=names, preprocessing=preprocessing)
+    assert main(["predict", str(path), str(pictures / "cat" / "0.png")]) == 0
+    output = capsys.readouterr().out
+    assert "tench (n01440764) " in output and " n99999999 " in output
+
+
 def test_predict_saves_files_of_equal_names_apart(
     weights: Path, pictures: Path, tmp_path: Path
 ) -> None:

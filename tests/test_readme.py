@@ -18,7 +18,14 @@ from visionmamba.data import Digits
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETS_UP = ("make", "pip")
-DOCUMENTS = ("README.md", "CHANGELOG.md", "docs/reproduction.md", "docs/kernels.md", "docs/log.md")
+DOCUMENTS = (
+    "README.md",
+    "CHANGELOG.md",
+    "docs/reproduction.md",
+    "docs/kernels.md",
+    "docs/weights.md",
+    "docs/log.md",
+)
 
 
 def blocks(document: str) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -290,7 +291,7 @@ def _predict(given: list[str]) -> int:
         print(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
         return 0
     for one in found:
-        shares = zip(one.labels, one.probabilities, strict=True)
+        shares = zip(map(_readable, one.labels), one.probabilities, strict=True)
         print(f"{one.file}: " + ", ".join(f"{label} {share:.1%}" for label, share in shares))
     return 0
 
@@ -447,6 +448,19 @@ def _nearest(name: str, valid: Sequence[str]) -> str:
         short[match] for match in difflib.get_close_matches(wanted, list(short), n=1)
     ]
     return f", did you mean {close[0]}?" if close else ""
+
+
+def _readable(label: str) -> str:
+    """Returns the label, with its meaning where it is a number of WordNet, as in ImageNet."""
+    if not re.fullmatch(r"n\d{8}", label):
+        return label
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo()
+    if label not in info.label_names():  # type: ignore[no-untyped-call]
+        return label
+    first_name = info.label_name_to_description(label).split(",")[0]
+    return f"{first_name} ({label})"
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:

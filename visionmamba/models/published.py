@@ -18,7 +18,8 @@ from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
 from visionmamba.models.adapt import (
