@@ -4,7 +4,7 @@
 // 384 channels, 4 taps, SiLU, both directions, bfloat16; us (GB/s, share of the 4.28 TB/s that a copy reaches), medians of
 // CUDA graph replays over inputs beyond the L2 cache, the same by PyTorch operations behind; H200, driver 580.159.04, torch
 // 2.11.0+cu130, 2026-11-23. conv_forward and conv_backward of conv.py remake it. Forward, two bytes of three are written,
-// which the memory takes at 2 TB/s whatever is computed; backward is bound by the issue of its 52 instructions a channel.
+// about 2 TB/s in every variant (a plain fill of them reaches 3.0); backward is bound by the issue of its 52 instructions a channel.
 //   (B, L)      forward             PyTorch   backward            PyTorch
 //   (8, 6085)   37.5 (2991, 70 %)      1289   57.7 (2590, 61 %)      4151
 //   (64, 197)   12.1 (2405, 56 %)       332   23.7 (1635, 38 %)      1140
