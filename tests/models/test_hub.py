@@ -241,6 +241,16 @@ class RecordedApi:
         type(self).uploaded = repo_id, files
 
 
+def test_hub_that_breaks_off_is_reported(tmp_path, monkeypatch):
+    def break_off(*_args, **_options):
+        raise huggingface_hub.errors.HTTPError("read timed out")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", break_off)
+    message = r"the Hub did not give someone/vim/model\.safetensors \(read timed out\); try again"
+    with pytest.raises(ConnectionError, match=message):
+        Vim.from_pretrained("someone/vim", cache_dir=tmp_path)
+
+
 @pytest.mark.parametrize("has_card", [False, True])
 def test_pushing_uploads_weights_configuration_and_a_card(monkeypatch, has_card):
     monkeypatch.setattr(huggingface_hub, "HfApi", RecordedApi)

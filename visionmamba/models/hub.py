@@ -15,7 +15,8 @@ from torch import nn
 from visionmamba import __version__
 from visionmamba.models.adapt import LoadReport, Origin, Resize, build_fitted, patch_grid
 from visionmamba.models.config import VimConfig, VimOptions
-from visionmamba.models.published import Which, load_published
+from visionmamba.models.published import load_published
+from visionmamba.models.published_file import Which
 from visionmamba.models.released import PUBLISHED_MODELS
 from visionmamba.models.vim import Vim
 from visionmamba.models.weights import (
@@ -43,23 +44,7 @@ def from_pretrained(
     resize: Resize = "grid",
     **config_overrides: Unpack[VimOptions],
 ) -> Vim:
-    """Return a Vim with weights from disk or from the Hub, in evaluation mode on the CPU.
-
-    Args:
-        name_or_path: a file or folder on disk; else a name of PUBLISHED_MODELS; else a repository
-            OWNER/NAME of the Hub.
-        filename: weights in the folder or repository; by default model.safetensors, or the only
-            weights in a folder.
-        revision: branch, tag or commit of the repository.
-        cache_dir: where downloads are kept; by default the Hub's own cache.
-        local_files_only: never ask the Hub.
-        which, resize, config_overrides: as in load_published, for weights of either format.
-
-    Raises:
-        FileNotFoundError: no such file, or it is not here and the Hub cannot be reached; the
-            message has the steps by hand.
-        ValueError: an unknown name, or weights that do not fit.
-    """
+    """See Vim.from_pretrained."""
     path = find_weights(
         name_or_path,
         filename=filename,
@@ -127,24 +112,11 @@ def push_to_hub(
     model: nn.Module,
     repository: str,
     *,
-    private: bool = False,
-    token: str | None = None,
-    commit_message: str = "Upload a visionmamba model",
+    private: bool,
+    token: str | None,
+    commit_message: str,
 ) -> str:
-    """Upload what `save` writes into a folder to a repository of the Hub; return its address.
-
-    A model card that the repository has stays as it is.
-
-    Args:
-        model: a Vim or a DeiT.
-        repository: OWNER/NAME; made when missing.
-        private: whether a new repository is for its owner only.
-        token: by default that of `hf auth login`.
-        commit_message: of the upload.
-
-    Raises:
-        ConnectionError: the Hub cannot be reached, or refuses; the message has the steps by hand.
-    """
+    """Upload what `save` writes into a folder, of a Vim or a DeiT: see Vim.push_to_hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
@@ -222,9 +194,9 @@ def _download(
     local_files_only: bool,
 ) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         EntryNotFoundError,
-        HfHubHTTPError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -259,7 +231,7 @@ def _download(
         raise FileNotFoundError(
             f"repository {repository} has no file {filename}; name its weights with filename="
         ) from None
-    except HfHubHTTPError as error:
+    except HTTPError as error:
         raise ConnectionError(
             f"the Hub did not give {repository}/{filename} ({_first_line(error)}); try again later"
         ) from None

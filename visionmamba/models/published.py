@@ -1,22 +1,15 @@
-"""The authors' checkpoints (hustvl/Vim): read without running them, understood, made a Vim.
+"""The authors' checkpoints (hustvl/Vim): their options understood, their weights made a Vim.
 
-Not for files of this package; those are in weights.py.
+How their files are read is in published_file.py; files of this package are in weights.py.
 """
 
-import argparse
 import math
 import os
-import pickle
 import re
-import struct
-import warnings
-import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, Unpack
 
-import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.imagenet_info import ImageNetInfo
@@ -31,16 +24,10 @@ from visionmamba.models.adapt import (
     patch_grid,
 )
 from visionmamba.models.config import VimConfig, VimOptions
+from visionmamba.models.published_file import Checkpoint, Which, read_checkpoint
 from visionmamba.models.vim import Vim
-from visionmamba.models.weights import (
-    METADATA_KEY,
-    WeightsHeader,
-    read_metadata,
-    read_tensors,
-    require_file,
-)
+from visionmamba.models.weights import WeightsHeader
 
-Which = Literal["model", "model_ema"]
 Facts = dict[str, tuple[Any, Origin]]
 
 _IMAGENET_CLASSES = 1000
@@ -77,12 +64,7 @@ def load_published(
         ValueError: it cannot be read safely, has no such entry, or does not fit the overrides.
         TypeError: an override that VimConfig does not have.
     """
-    if which not in get_args(Which):
-        raise ValueError(f"which must be 'model' or 'model_ema'; got {which!r}")
-    if isinstance(source, Mapping):
-        checkpoint = _find_state(source, "the state_dict", which)
-    else:
-        checkpoint = _find_state(_read(source), os.fspath(source), which)
+    checkpoint = read_checkpoint(source, which)
     _check_keys(checkpoint)
     facts, grid, notes = _understand(checkpoint, config_overrides)
     held = VimConfig(**{name: value for name, (value, _) in facts.items()})
@@ -109,99 +91,6 @@ def load_published(
     return model
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Checkpoint:
-    name: str
-    state: dict[str, Tensor]
-    args: Mapping[str, Any] | None = None
-    unused: tuple[str, ...] = ()
-
-
-def _read(path: str | os.PathLike[str]) -> object:
-    require_file(path)
-    if Path(path).suffix != ".safetensors":
-        return _unpickle(path)
-    if METADATA_KEY in read_metadata(path):
-        raise ValueError(f"{path} is a file of visionmamba; load it with visionmamba.load")
-    return read_tensors(path)
-
-
-def _find_state(contents: object, name: str, which: Which) -> _Checkpoint:
-    """Return the state_dict in a checkpoint, or the contents when they are one themselves."""
-    state, args, unused = contents, None, []
-    if isinstance(contents, Mapping) and any(entry in contents for entry in get_args(Which)):
-        if which not in contents:
-            other = "model" if which == "model_ema" else "model_ema"
-            raise ValueError(f"{name} has no entry {which!r}; use which={other!r}")
-        state = contents[which]
-        if isinstance(contents.get("args"), argparse.Namespace):
-            args = vars(contents["args"])
-        unused = [str(key) for key in contents if key not in (which, "args")]
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{name} holds no state_dict of tensors; wanted the authors' checkpoint")
-    return _Checkpoint(name=name, state=dict(state), args=args, unused=tuple(unused))
-
-
-def _unpickle(path: str | os.PathLike[str]) -> object:
-    """Return what a torch file holds, through torch's allow-list and a few plain types."""
-    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-        argparse.Namespace,
-        (_NumberKind, "numpy.dtype"),
-        (_number, "numpy.core.multiarray.scalar"),
-        (_number, "numpy._core.multiarray.scalar"),
-    ]
-    try:
-        with (
-            torch.serialization.safe_globals(allowed),
-            warnings.catch_warnings(action="ignore"),  # advice about pickle protocols
-        ):
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except _UNPICKLING_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{os.fspath(path)} cannot be read safely: {reason}; "
-            "get the file again from its authors"
-        ) from None
-
-
-_UNPICKLING_ERRORS = (  # what torch raises on files that are damaged or made to harm
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-class _NumberKind:
-    """Stands for a numpy.dtype in a pickle: real ones crash on a state that is made up."""
-
-    def __init__(self, code: str, *_copying: object) -> None:
-        if not re.fullmatch(r"[biuf][1248]", code):
-            raise pickle.UnpicklingError(f"{code!r} is no type of a plain number")
-        self.code = code
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] == ">":
-            self.code = f">{self.code}"
-
-
-def _number(kind: _NumberKind, data: bytes) -> bool | int | float:
-    """Stand for numpy's scalar in a pickle."""
-    number: bool | int | float = np.frombuffer(data, kind.code, count=1)[0].item()
-    return number
-
-
 _NEEDED = {  # keys that tell the configuration, and how many dimensions each has
     "patch_embed.proj.weight": 4,
     "norm_f.weight": 1,
@@ -212,7 +101,7 @@ _NEEDED = {  # keys that tell the configuration, and how many dimensions each ha
 _OPTIONAL = {"pos_embed": 3, "head.weight": 2, "rope.freqs_cos": 2}
 
 
-def _check_keys(checkpoint: _Checkpoint) -> None:
+def _check_keys(checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     odd = [key for key, t in state.items() if not t.is_floating_point() or _is_special(t)]
     if odd:
@@ -238,7 +127,7 @@ def _is_special(tensor: Tensor) -> bool:
 
 
 def _understand(
-    checkpoint: _Checkpoint, overrides: VimOptions
+    checkpoint: Checkpoint, overrides: VimOptions
 ) -> tuple[Facts, tuple[int, int] | None, tuple[str, ...]]:
     """Return the options of the weights with their origins, the grid of patches, and notes."""
     state = checkpoint.state

@@ -1,13 +1,11 @@
 """Vim: a plain sequential vision backbone of bidirectional selective state-space blocks.
 
 The file to read first. Not here: configuration (config.py), the mixer (mixer.py), patches and
-positions (embed.py), files (weights.py).
+positions (embed.py), files (weights.py), the Hub (pretrained.py).
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visionmamba.models.config import Norm, VimConfig, VimOptions
+from visionmamba.models.config import Norm, VimConfig
 from visionmamba.models.embed import (
     PatchEmbedding,
     PositionEmbedding,
@@ -25,12 +23,8 @@ from visionmamba.models.embed import (
     split_tokens,
 )
 from visionmamba.models.mixer import BidirectionalMixer
+from visionmamba.models.pretrained import Pretrained
 from visionmamba.ops import rms_norm
-
-if TYPE_CHECKING:
-    from visionmamba.models.adapt import LoadReport, Resize
-    from visionmamba.models.published import Which
-    from visionmamba.models.weights import WeightsHeader
 
 FeatureKind = Literal["residual", "mixer", "normed"]
 
@@ -117,17 +111,12 @@ class VimBlock(nn.Module):
         return self.mixer(normed), residual
 
 
-class Vim(nn.Module):
+class Vim(Pretrained):
     """Vision Mamba (arXiv 2401.09417): patches, a class token, blocks, a norm, a linear head.
 
     Args:
         config: all options; `Vim(VimConfig.tiny(num_classes=10))`.
     """
-
-    header: "WeightsHeader | None" = None
-    """What the weights file said of outputs and pictures; None for a model that was not loaded."""
-    load_report: "LoadReport | None" = None
-    """How load_published or from_pretrained made the model."""
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
@@ -186,39 +175,6 @@ class Vim(nn.Module):
             self.head = make_head(width, config.num_classes)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        filename: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        which: "Which" = "model",
-        resize: "Resize" = "grid",
-        **config_overrides: Unpack[VimOptions],
-    ) -> "Vim":
-        """Return a model by its published name, Hub repository, folder or file: see hub.py."""
-        from visionmamba.models.hub import from_pretrained
-
-        return from_pretrained(
-            name_or_path,
-            filename=filename,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            which=which,
-            resize=resize,
-            **config_overrides,
-        )
-
-    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
-        """Upload weights, configuration and model card to the Hub; return the address."""
-        from visionmamba.models.hub import push_to_hub
-
-        return push_to_hub(self, repository, private=private)
 
     @property
     def num_classes(self) -> int:
