@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2
 import visionmamba
 from tests.models.published import golden_case
 from visionmamba import Vim
+from visionmamba._timm_hook import register_with_timm
 from visionmamba.models.released import PUBLISHED_MODELS
 from visionmamba.models.timm_vim import TimmVim
 
@@ -39,22 +40,27 @@ def create(name: str = TINY, **options):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import visionmamba, timm",
-        "import timm, visionmamba",
-        "from visionmamba import Vim\nimport timm",
-    ],
-)
-def test_import_registers_the_models(imports: str) -> None:
-    answer = subprocess.run(
-        [sys.executable, "-c", f"{imports}\nprint(*timm.list_models('vim_*'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert answer.stdout.split() == sorted(NAMES)
+def test_models_are_registered_when_timm_is_imported() -> None:
+    orders = ("import visionmamba, timm", "import visionmamba.models, timm")  # ours half imported
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{imports}; print(*timm.list_models('vim_*'))"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for imports in orders
+    ]
+    answers = [run.communicate()[0].split() for run in runs]  # side by side: each takes seconds
+    assert answers == [sorted(NAMES)] * 2
+
+
+def test_models_are_registered_at_once_where_timm_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "visionmamba.models.timm")
+    with pytest.warns(UserWarning, match="Overwriting vim_"):
+        register_with_timm()
+    assert "visionmamba.models.timm" in sys.modules
 
 
 def test_the_sizes_are_those_of_the_paper() -> None:
