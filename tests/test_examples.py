@@ -1,0 +1,21 @@
+"""The examples learn what they say, in fewer steps than they take by themselves."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.once
+
+
+def test_digits_are_segmented_by_dpt() -> None:
+    main = runpy.run_path(str(EXAMPLES / "segment_digits.py"))["main"]
+    assert main(steps=30) > 0.5
+
+
+def test_digits_are_detected_by_fcos() -> None:
+    main = runpy.run_path(str(EXAMPLES / "detect_digits.py"))["main"]
+    recall, precision = main(steps=30)
+    assert recall > 0.8 and precision > 0.8
