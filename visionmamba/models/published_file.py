@@ -94,7 +94,8 @@ def _unpickle(path: str | os.PathLike[str]) -> object:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except _UNPICKLING_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        asked = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+        reason = f"it asks to run {asked[1]}, which was refused" if asked else "it is damaged"
         raise ValueError(
             f"{os.fspath(path)} cannot be read safely: {reason}; "
             "get the file again from its authors"
