@@ -407,11 +407,12 @@ def test_feature_nets_take_published_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(net(images), expected)
 
 
-def test_own_weights_fit_another_picture_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("custom_load", [True, False])
+def test_own_weights_fit_another_picture_size(tmp_path: Path, custom_load: bool) -> None:
     source = create(img_size=64)
     file = tmp_path / "vim.safetensors"
     visionmamba.save(source, file)
-    overlay = {"file": str(file), "num_classes": 5}
+    overlay = {"file": str(file), "num_classes": 5, "custom_load": custom_load}
     model = create(img_size=96, pretrained=True, pretrained_cfg_overlay=overlay)
     images = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(model(images), source(images), **SAME)

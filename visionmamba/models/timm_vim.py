@@ -233,15 +233,16 @@ class TimmVim(Vim):
         self.activation_checkpointing = enable
 
     def load_pretrained(self, checkpoint_path: str | os.PathLike[str]) -> None:
-        """Load a published checkpoint, fitted to this model's classes, channels and picture size.
+        """Load a weights file, fitted to this model's classes, channels and picture size.
 
         Args:
-            checkpoint_path: the authors' .pth file; read through an allow-list.
+            checkpoint_path: the authors' .pth, read through an allow-list, or a file of save.
 
         Raises:
-            FileNotFoundError, ValueError: as visionmamba.load_published.
+            FileNotFoundError, ValueError: as Vim.from_pretrained.
         """
-        self.load_state_dict(load_published(checkpoint_path, **_options(self.config)).state_dict())
+        fitted = Vim.from_pretrained(checkpoint_path, **_options(self.config))
+        self.load_state_dict(fitted.state_dict())
 
     def _set_global_pool(self, global_pool: GlobalPool) -> None:
         choices = [one for one in get_args(GlobalPool) if one != "token" or self.has_class_token]
