@@ -319,6 +319,17 @@ def test_wrong_form_of_intermediates_is_refused() -> None:
         create().forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NHWC")
 
 
+def test_compiles_as_one_graph() -> None:
+    model, images = create(depth=2), torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), model(images), **SAME)
+
+
+def test_feature_nets_can_be_optimized() -> None:
+    net, images = create(features_only=True), torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(visionmamba.optimize(net)(images), net(images), **SAME)
+
+
 # Groups of parameters.
 
 

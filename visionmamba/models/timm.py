@@ -92,7 +92,8 @@ def _create(
     name: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]
 ) -> nn.Module:
     # imported at the first model: visionmamba.models.vim itself imports timm, and so this file
-    from visionmamba.models.timm_vim import adapt_weights, build_vim, feature_net, spread_evenly
+    from visionmamba.models.timm_stages import feature_net
+    from visionmamba.models.timm_vim import adapt_weights, build_vim, spread_evenly
 
     options = {"depth": 24, **sizes, **options}
     out_indices = options.pop("out_indices", None)

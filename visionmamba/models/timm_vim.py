@@ -1,22 +1,20 @@
-"""Vim behind timm's model interface, and cut into stages for timm's feature nets.
+"""Vim behind timm's model interface.
 
 Class tokens come first in every sequence returned here, as timm has them; inside the model they
-stay where the read-out wants them. Not here: names and addresses of weights (timm.py).
+stay where the read-out wants them. Not here: names and addresses of weights (timm.py), stages for
+timm's feature nets (timm_stages.py).
 """
 
 import math
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from functools import partial
 from inspect import signature
-from typing import Any, Literal, NamedTuple, Unpack, get_args, get_type_hints
+from typing import Any, Literal, Unpack, get_args, get_type_hints
 
 import torch
 from timm.layers.pool1d import global_pool_nlc
-from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from visionmamba.models import load_published
 from visionmamba.models.config import VimConfig, VimInnerOptions, refuse_unknown_options
 from visionmamba.models.embed import PositionEmbedding, class_token_positions, split_tokens
-from visionmamba.models.vim import SequenceLayout, Vim, make_head, run_blocks, sequence_to_map
+from visionmamba.models.vim import SequenceLayout, Vim, make_head
 
 GlobalPool = Literal["token", "avg", "avgmax", "max", ""]
 OutputFormat = Literal["NCHW", "NLC"]
@@ -187,7 +185,7 @@ class TimmVim(Vim):
         self.blocks = self.blocks[:depth]
         self.config = replace(self.config, depth=depth)
         if prune_norm:
-            self.add_module("norm", _ResidualSum())
+            self.add_module("norm", ResidualSum())
         if prune_head:
             self.reset_classifier(0, "")
         return list(wanted)
@@ -258,78 +256,7 @@ class TimmVim(Vim):
         return _class_tokens_first(normed, layout)
 
 
-class VimStages(nn.Sequential):
-    """A TimmVim cut into modules that run one after the other, as timm's FeatureListNet needs.
-
-    Each gives a tuple whose first element is the map (B, D, h, w) after its block.
-
-    Args:
-        vim: taken apart; it cannot be used by itself afterwards.
-    """
-
-    def __init__(self, vim: TimmVim) -> None:
-        vim.reset_classifier(0)
-        blocks, per_step = vim.blocks, vim.blocks_per_step
-        vim.blocks = nn.ModuleList()
-        vim.add_module("norm", _ResidualSum())
-        stages: OrderedDict[str, nn.Module] = OrderedDict(embedding=_Embedding(vim))
-        for step in range(len(vim.feature_info)):
-            stages[f"stage{step}"] = _Stage(
-                blocks[step * per_step : (step + 1) * per_step], vim.config
-            )
-        super().__init__(stages)
-        self.feature_info = [
-            {**info, "module": f"stage{step}"} for step, info in enumerate(vim.feature_info)
-        ]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the last map (B, D, h, w)."""
-        state: Any = images
-        for stage in self:
-            state = stage(state)
-        last_map: Tensor = state.tapped
-        return last_map
-
-
-class _State(NamedTuple):
-    """What one stage hands to the next."""
-
-    tapped: Tensor
-    branch: Tensor
-    residual: Tensor | None
-    layout: SequenceLayout
-
-
-class _Embedding(nn.Module):
-    """Pictures to the first state of a Vim without blocks."""
-
-    def __init__(self, vim: TimmVim) -> None:
-        super().__init__()
-        self.vim = vim
-
-    def forward(self, images: Tensor) -> _State:
-        tokens, layout = self.vim._embed(images)
-        return _State(sequence_to_map(tokens, layout), tokens, None, layout)
-
-
-class _Stage(nn.Module):
-    """The blocks that run from one input, from state to state."""
-
-    def __init__(self, blocks: nn.ModuleList, config: VimConfig) -> None:
-        super().__init__()
-        self.blocks = blocks
-        self.config = config
-
-    def forward(self, state: _State) -> _State:
-        branch, residual = run_blocks(
-            list(self.blocks), state.branch, state.residual, state.layout, self.config
-        )
-        dtype = next(self.parameters()).dtype
-        tapped = sequence_to_map(residual + branch, state.layout).to(dtype)
-        return _State(tapped, branch, residual, state.layout)
-
-
-class _ResidualSum(nn.Module):
+class ResidualSum(nn.Module):
     """What stands in for a norm that was pruned: the residual stream itself."""
 
     def forward(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,27 +312,6 @@ def build_vim(
     with nullcontext() if device is None else torch.device(device):
         model = TimmVim(config, global_pool=global_pool, drop_rate=drop_rate)
     return model if dtype is None else model.to(dtype)
-
-
-def feature_net(kind: str | Callable[..., nn.Module]) -> str | Callable[..., nn.Module]:
-    """Return what timm shall wrap a model in for features_only.
-
-    Nets that run or hook a model's modules one by one get VimStages instead of the model.
-
-    Args:
-        kind: timm's feature_cls: "getter" (timm's FeatureGetterNet), "list", "dict", "hook", or a
-            class.
-    """
-    nets = {"list": FeatureListNet, "dict": FeatureDictNet, "hook": FeatureHookNet}
-    if isinstance(kind, str):
-        kind = nets.get(kind, kind)
-    if isinstance(kind, str) or kind not in nets.values():
-        return kind
-    return partial(_wrap_stages, kind)
-
-
-def _wrap_stages(net: Callable[..., nn.Module], model: TimmVim, **options: Any) -> nn.Module:
-    return net(VimStages(model), **options)
 
 
 def adapt_weights(state_dict: Mapping[str, Tensor], model: TimmVim) -> dict[str, Tensor]:
