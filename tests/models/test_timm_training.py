@@ -1,5 +1,6 @@
 """timm's training and validation on real digits, in the steps of its train.py and validate.py."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ OPTIONS = {
 }
 ARGUMENTS = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
 EPOCHS = 6
-LEARNED, GUESSED = 0.8, 0.3  # share of right answers; chance is 0.1
+LEARNED, GUESSED = 0.7, 0.3  # share of right answers; chance is 0.1
 
 pytestmark = [
     pytest.mark.once,
@@ -36,12 +37,21 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Let small products not wait for a second thread, which may have no core of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 digits to learn from and 200 to be asked, as folders of pictures."""
+    """400 digits to learn from and 150 to be asked, as folders of pictures."""
     root = tmp_path_factory.mktemp("digits")
     splits = Digits().build()
-    for split, pictures, count in (("train", splits.train, 600), ("val", splits.val, 200)):
+    for split, pictures, count in (("train", splits.train, 400), ("val", splits.val, 150)):
         for index in range(count):
             folder = root / split / str(pictures.labels[index])
             folder.mkdir(parents=True, exist_ok=True)
