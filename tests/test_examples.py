@@ -12,7 +12,7 @@ pytestmark = pytest.mark.once
 
 def test_digits_are_segmented_by_dpt() -> None:
     main = runpy.run_path(str(EXAMPLES / "segment_digits.py"))["main"]
-    assert main(steps=30) > 0.5
+    assert main(steps=20) > 0.35  # 0.14 before the first step
 
 
 def test_digits_are_detected_by_fcos() -> None:
