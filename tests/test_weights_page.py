@@ -16,6 +16,8 @@ from tests.test_readme import BLOCK, ROOT, commands
 from visionmamba.cli import main
 from visionmamba.models.released import PUBLISHED_MODELS
 
+pytestmark = pytest.mark.once
+
 PAGE = ROOT / "docs" / "weights.md"
 OPTIONS = {"embed_dim": 16, "depth": 2, "num_classes": 1000, "img_size": 64, "patch_size": 16}
 
