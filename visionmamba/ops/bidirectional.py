@@ -1,5 +1,6 @@
 """The core of the Vim mixer in one op: step sizes, both scans, their sum, the gate, the scale."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -251,6 +252,11 @@ def bidirectional_scan_backward_torch(
         columns = [tensor for pair in zip(*rows, strict=True) for tensor in pair]
         dz = dy.new_empty(0) if z is None else silu_gate_gradient(dscaled, total, z)
         return [*columns[:-2], dz, *columns[-2:]]
+
+
+def by_direction(t: Sequence[Tensor]) -> tuple[_Pair, _Pair, _Pair, _Pair, _Pair, _Pair]:
+    """Return x, projected, dt_weight, dt_bias, A and D by pairs, given one after the other."""
+    return (t[0], t[1]), (t[2], t[3]), (t[4], t[5]), (t[6], t[7]), (t[8], t[9]), (t[10], t[11])
 
 
 def _split(projected: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

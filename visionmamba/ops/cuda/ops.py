@@ -15,6 +15,7 @@ from visionmamba.ops._checks import as_stored
 from visionmamba.ops.bidirectional import (
     bidirectional_scan_backward_torch,
     bidirectional_scan_torch,
+    by_direction,
 )
 from visionmamba.ops.cuda import cuda_backend
 from visionmamba.ops.cuda.fused_scan import bidirectional_backward, bidirectional_forward
@@ -28,8 +29,6 @@ from visionmamba.ops.triton import ops as triton_ops
 
 _FORWARD = (torch.float32, torch.bfloat16, torch.float16)
 _BACKWARD = (torch.bfloat16,)
-
-_Pair = tuple[Tensor, Tensor]
 
 
 def _backend(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Literal["cuda", "triton", "torch"]:
@@ -105,15 +104,10 @@ def _(dy: Tensor, dlast_state: Tensor | None, kept: Tensor, *given: Any) -> tupl
     )
 
 
-def _pairs(t: tuple[Tensor, ...]) -> tuple[_Pair, _Pair, _Pair, _Pair, _Pair, _Pair]:
-    """Return x, projected, dt_weight, dt_bias, A and D by pairs, given one after the other."""
-    return (t[0], t[1]), (t[2], t[3]), (t[4], t[5]), (t[6], t[7]), (t[8], t[9]), (t[10], t[11])
-
-
 @torch.library.impl("visionmamba::bidirectional_scan", "cuda")
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *given, z, state_f, state_b, scale, _ = inputs
-    pairs, states = _pairs(tuple(given)), (state_f, state_b)
+    pairs, states = by_direction(given), (state_f, state_b)
     x, A = pairs[0], pairs[4]
     backend = _backend(x[0], _FORWARD)
     if backend == "triton":
@@ -140,7 +134,7 @@ def _(
     *inputs: Any,
 ) -> list[Tensor]:
     *given, z, state_f, state_b, scale = inputs
-    pairs, states = _pairs(tuple(given)), (state_f, state_b)
+    pairs, states = by_direction(given), (state_f, state_b)
     x, dlast = pairs[0], (dlast_f, dlast_b)
     backend = _backend(x[0], _BACKWARD)
     if backend == "triton":

@@ -6,6 +6,7 @@ calls these functions where it chooses Triton. triton is imported at the first s
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from visionmamba.ops.bidirectional import (
     bidirectional_scan_backward_torch,
     bidirectional_scan_torch,
+    by_direction,
 )
 from visionmamba.ops.kernel_cache import UnavailableError
 from visionmamba.ops.selective_scan.chunked import (
@@ -39,134 +41,57 @@ def _is_available(device: torch.device) -> bool:
     return True
 
 
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the last state and no checkpoints: the backward computes states again."""
-    inputs = x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse
+    x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, _ = inputs
+    given = x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse
     if not takes(x):
-        return selective_scan_chunked(*inputs, None)
+        return selective_scan_chunked(*given, None)
     from visionmamba.ops.triton.scan import selective_scan_triton
 
-    return *selective_scan_triton(*inputs), A.new_empty(x.shape[0], 0, *A.shape)
+    return *selective_scan_triton(*given), A.new_empty(x.shape[0], 0, *A.shape)
 
 
 def selective_scan_backward(
-    dy: Tensor,
-    dlast_state: Tensor | None,
-    checkpoints: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
+    dy: Tensor, dlast_state: Tensor | None, checkpoints: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the nine tensors from x to initial_state, empty for those None."""
-    inputs = x, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse
-    if not takes(x):
+    if not takes(inputs[0]):
         return selective_scan_backward_chunked(dy, dlast_state, *inputs)
     from visionmamba.ops.triton.scan import selective_scan_backward_triton
 
     return selective_scan_backward_triton(dy, dlast_state, *inputs)
 
 
-def bidirectional_scan(
-    x_f: Tensor,
-    x_b: Tensor,
-    projected_f: Tensor,
-    projected_b: Tensor,
-    dt_weight_f: Tensor,
-    dt_weight_b: Tensor,
-    dt_bias_f: Tensor,
-    dt_bias_b: Tensor,
-    A_f: Tensor,
-    A_b: Tensor,
-    D_f: Tensor,
-    D_b: Tensor,
-    z: Tensor | None,
-    initial_state_f: Tensor | None,
-    initial_state_b: Tensor | None,
-    scale: float,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bidirectional_scan(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, both last states and no checkpoints."""
-    inputs = (
-        (x_f, x_b),
-        (projected_f, projected_b),
-        (dt_weight_f, dt_weight_b),
-        (dt_bias_f, dt_bias_b),
-        (A_f, A_b),
-        (D_f, D_b),
-        z,
-        (initial_state_f, initial_state_b),
-        scale,
-    )
-    if not takes(x_f):
-        return bidirectional_scan_torch(*inputs, None)
+    *given, z, state_f, state_b, scale, _ = inputs
+    pairs, states = by_direction(given), (state_f, state_b)
+    x, A = pairs[0], pairs[4]
+    if not takes(x[0]):
+        return bidirectional_scan_torch(*pairs, z, states, scale, None)
     from visionmamba.ops.triton.bidirectional import bidirectional_scan_triton
 
-    none_f, none_b = (A.new_empty(x_f.shape[0], 0, *A.shape) for A in (A_f, A_b))
-    return *bidirectional_scan_triton(*inputs), none_f, none_b
+    none_f, none_b = (one.new_empty(x[0].shape[0], 0, *one.shape) for one in A)
+    return *bidirectional_scan_triton(*pairs, z, states, scale), none_f, none_b
 
 
 def bidirectional_scan_backward(
     dy: Tensor,
-    dlast_state_f: Tensor | None,
-    dlast_state_b: Tensor | None,
+    dlast_f: Tensor | None,
+    dlast_b: Tensor | None,
     checkpoints_f: Tensor,
     checkpoints_b: Tensor,
-    x_f: Tensor,
-    x_b: Tensor,
-    projected_f: Tensor,
-    projected_b: Tensor,
-    dt_weight_f: Tensor,
-    dt_weight_b: Tensor,
-    dt_bias_f: Tensor,
-    dt_bias_b: Tensor,
-    A_f: Tensor,
-    A_b: Tensor,
-    D_f: Tensor,
-    D_b: Tensor,
-    z: Tensor | None,
-    initial_state_f: Tensor | None,
-    initial_state_b: Tensor | None,
-    scale: float,
+    *inputs: Any,
 ) -> list[Tensor]:
     """Return the gradients of the forward's tensors in their order, empty for those None."""
-    inputs = (
-        (x_f, x_b),
-        (projected_f, projected_b),
-        (dt_weight_f, dt_weight_b),
-        (dt_bias_f, dt_bias_b),
-        (A_f, A_b),
-        (D_f, D_b),
-        z,
-        (initial_state_f, initial_state_b),
-        scale,
-    )
-    dlast_state = dlast_state_f, dlast_state_b
-    if not takes(x_f):
-        return bidirectional_scan_backward_torch(dy, dlast_state, *inputs)
+    *given, z, state_f, state_b, scale = inputs
+    pairs, states, dlast = by_direction(given), (state_f, state_b), (dlast_f, dlast_b)
+    if not takes(pairs[0][0]):
+        return bidirectional_scan_backward_torch(dy, dlast, *pairs, z, states, scale)
     from visionmamba.ops.triton.bidirectional import bidirectional_scan_backward_triton
 
-    return bidirectional_scan_backward_triton(dy, dlast_state, *inputs)
+    return bidirectional_scan_backward_triton(dy, dlast, *pairs, z, states, scale)
 
 
 for _function in (
