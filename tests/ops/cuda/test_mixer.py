@@ -141,3 +141,26 @@ def test_inference_block_matches_float64(sizes, batch, length, first):
     assert total.dtype == torch.float32
     assert relative_error(total, expected_total) < 1e-6
     assert relative_error(out, expected) < VALUE_TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.slow
+def test_more_than_two_billion_elements():
+    if torch.cuda.mem_get_info()[0] < 100 << 30:
+        pytest.skip("needs 100 GiB of free GPU memory")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    mixer, row = make_mixer(), make_hidden(1, 700_001)
+    parameters, dout = mixer.parameters_to_fuse(), torch.randn_like(row)
+
+    def run(batch):
+        hidden = row.repeat(batch, 1, 1).requires_grad_()
+        out = fused_mixer(hidden, parameters, scale=0.5)
+        gradients = torch.autograd.grad(out, [hidden, *parameters], dout.expand_as(out))
+        return (out.detach()[-1], gradients[0][-1]), gradients[1:]
+
+    rows, sums = run(8)
+    assert rows[0].shape[0] * 384 * 8 > 1 << 31
+    expected_rows, expected_sums = run(1)
+    for actual, expected in zip(rows, expected_rows, strict=True):
+        assert relative_error(actual, expected) < GRADIENT_TOLERANCE
+    for name, actual, expected in zip(PARAMETERS, sums, expected_sums, strict=True):
+        assert relative_error(actual, 8 * expected) < GRADIENT_TOLERANCE, name

@@ -359,13 +359,33 @@ def test_steps_inside_the_bidirectional_scans_equal_steps_before_them(monkeypatc
         assert relative_error(actual, expected.double()) < 2 * GRADIENT_TOLERANCE, i
 
 
+MILLION = (1, 32, 1_048_577)
+
+
 @pytest.mark.slow
 def test_a_million_tokens_match_float64():
-    direction = make_direction((1, 32, 1_048_577), reverse=True)
+    direction = make_direction(MILLION, reverse=True)
     expected, expected_state, _ = selective_scan_chunked(*in_float64(direction), True, None)
     ((y, state),) = scan_forward([direction], dt_softplus=True)
     assert relative_error(y, expected) < VALUE_TOLERANCE[torch.bfloat16]
     assert relative_error(state, expected_state) < VALUE_TOLERANCE[torch.bfloat16]
+    dy, dlast_state = torch.randn_like(y), torch.randn_like(state)
+    gradients = backward_in_float64(direction, dy, dlast_state)
+    (actual,), _ = scan_backward([direction], [dy], [dlast_state], dt_softplus=True)
+    for name in NAMES:
+        assert relative_error(getattr(actual, name), gradients[name]) < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.slow
+def test_mixer_scans_of_a_million_tokens_match_float64():
+    given = make_mixer(MILLION)
+    dscan = torch.randn_like(given["u"][0])
+    expected = mixer_values_in_float64(given, 12)
+    tolerance = VALUE_TOLERANCE[torch.bfloat16]
+    assert relative_error(mixer_scan_forward(**given, rank=12), expected) < tolerance
+    gradients = mixer_gradients_in_float64(given, dscan, 12)
+    for name, actual in mixer_gradients(given, dscan, 12).items():
+        assert relative_error(actual, gradients[name]) < GRADIENT_TOLERANCE, name
 
 
 @pytest.mark.slow
