@@ -30,6 +30,7 @@ from visionmamba.bench.passes import (
 from visionmamba.bench.results import EfficiencyResult
 
 WEIGHTS_BYTES = 7_148_008 * 4  # Vim-Ti, float32
+FEWEST_WEIGHTS_BYTES = 5_600_000 * 2  # DeiT-Ti at 64 px, bfloat16
 BFLOAT16_ERROR = 3e-2  # logits of 24 blocks whose activations have 8 bits
 FLOAT32_ERROR = 1e-4  # other orders of summation
 
@@ -239,6 +240,7 @@ def test_missing_picture_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:cuDNN Attention defaults to a non-deterministic:UserWarning")
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_gpu_rows_are_graphs_with_time_memory_and_error(mode: str, tmp_path: Path) -> None:
     settings = Efficiency(
@@ -248,7 +250,7 @@ def test_gpu_rows_are_graphs_with_time_memory_and_error(mode: str, tmp_path: Pat
         assert row.launch == "graph"
         assert row.milliseconds is not None
         assert row.peak_memory_gb is not None
-        assert row.peak_memory_gb * 1e9 > WEIGHTS_BYTES / 2
+        assert row.peak_memory_gb * 1e9 > FEWEST_WEIGHTS_BYTES
         assert row.relative_error is not None
         assert row.relative_error < BFLOAT16_ERROR
 
@@ -264,13 +266,15 @@ def test_what_cannot_be_captured_is_refused_and_harms_nothing() -> None:
 def test_gpu_case_that_is_too_large_is_kept_and_leaves_its_memory_to_the_next(
     tmp_path: Path,
 ) -> None:
-    share = torch.cuda.mem_get_info()[0] / 2 / torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(share * 0.01)
+    settings = Efficiency(
+        models=("vim", "deit-eager"), resolutions=(64,), device="cuda", repeats=1, out=tmp_path
+    )
+    settings.run()  # takes the libraries' workspaces
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + 1e9  # bytes; at 2048 px one attention matrix is 1.6e9
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     try:
-        settings = Efficiency(
-            models=("vim", "deit-eager"), resolutions=(64, 1024), device="cuda", out=tmp_path
-        )
-        rows = settings.run().measurements
+        rows = replace(settings, resolutions=(64, 2048)).run().measurements
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert [row.status for row in rows[:2]] == ["ok"] * 2

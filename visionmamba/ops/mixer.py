@@ -146,14 +146,15 @@ def _(dout: Tensor, *rest: Any) -> list[Tensor]:
         dout, hidden.contiguous(), packed, xz, projected, y, states, scale=scale
     )
     dtype = parameters[0].dtype
-    return [gradients[0], *(gradient.to(dtype) for gradient in gradients[1:])]
+    return [gradients[0], *(gradient.to(dtype).contiguous() for gradient in gradients[1:])]
 
 
 @torch.library.register_fake("visionmamba::fused_mixer_backward")  # type: ignore[untyped-decorator]
 def _(dout: Tensor, *rest: Any) -> list[Tensor]:
     hidden, in_weight, *pairs, out_weight = rest[len(_KEPT) : -1]
     stacked = (torch.empty_like(torch.stack(pairs[i : i + 2])) for i in range(0, len(pairs), 2))
-    return [torch.empty_like(tensor) for tensor in (hidden, in_weight, *stacked, out_weight)]
+    dhidden = hidden.new_empty(hidden.shape)
+    return [dhidden, *(torch.empty_like(tensor) for tensor in (in_weight, *stacked, out_weight))]
 
 
 _fused_mixer = torch.ops.visionmamba.fused_mixer.default

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 # bfloat16 results are rounded to 2^-9; the sums over channels round their terms too.
 VALUE_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2.5e-3, torch.float16: 6e-4}
-GRADIENT_TOLERANCE = 4e-3
+GRADIENT_TOLERANCE = 5e-3
 NAMES = ("dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias", "dinitial_state")
 
 FULL, FEW, MANY = (2, 40, 197), (1, 48, 6085), (70, 256, 9)

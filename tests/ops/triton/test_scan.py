@@ -12,9 +12,10 @@ pytestmark = pytest.mark.gpu
 
 # bfloat16 results are rounded to 2^-9, float16 ones to 2^-12; float32 sums run over 6085 tokens.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2.5e-3, torch.float16: 6e-4}
+SMALLEST = 1e-30  # what float32 cannot hold counts as zero
 NAMES = ("dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dinitial_state")
 
-SHAPES = [(1, 2, 1), (2, 40, 197), (1, 384, 1025), (1, 48, 6085), (65, 384, 9)]
+SHAPES = [(3, 18, 1), (2, 40, 197), (1, 384, 1025), (1, 48, 6085), (65, 384, 9)]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def relative_error(actual, expected):
     if not torch.isfinite(actual).all():
         return float("nan")
     actual, expected = actual.detach().double(), expected.detach()
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual - expected).norm() / expected.norm().clamp_min(SMALLEST))
 
 
 def make_inputs(shape, *, dtype=torch.bfloat16, d_state=16):
