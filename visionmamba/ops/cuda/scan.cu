@@ -323,8 +323,10 @@ __device__ __forceinline__ float2 pair_of(const float *p, int channel, bool vali
   const float2 v = *(const float2 *)(p + channel);
   return make_float2(v.x * scale, v.y * scale);
 }
-__device__ __forceinline__ void wait_for(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
-__device__ __forceinline__ void hand_to(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
+// A warp's turn in a ring begins when the warp before has handed over the state and the warp after has read the slot that
+// this turn writes: both arrive at its barrier, so that racecheck can follow each write and read of a slot.
+__device__ __forceinline__ void wait_for_turn(int barrier) { asm volatile("bar.sync %0, 96;" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void arrive_at(int barrier) { asm volatile("bar.arrive %0, 96;" ::"r"(barrier) : "memory"); }
 
 // Number of this thread's warp, known to be the same in all its lanes.
 __device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(threadIdx.x >> 5), 0); }
@@ -336,6 +338,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   wait_for_kernel_before();
   const Lane l;
   const int warp = warp_of_block(), ring = warp / WARPS, w = warp % WARPS, next = w + 1 == WARPS ? 0 : w + 1;
+  const int previous = w == 0 ? WARPS - 1 : w - 1;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + ring;
   const i64 tile = unit / p.num_chunks;
   const int chunk = (int)(unit - tile * p.num_chunks);
@@ -378,6 +381,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   const bool always = p.chunk_length > 0;
   bool first = w == 0;
   int left = length - 8 * w;
+  if (w >= 2 && left > -8) arrive_at(barrier + previous);  // nothing is in the slot yet
   Group<T, RANK, SOFTPLUS> group;
   float a[8][2][4];
   group.prepare(raw, weights, bias, left, l);
@@ -386,7 +390,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   for (int k = 0; k < 8; k++) group.decays(a[k], A, k);
 #pragma unroll 1
   for (; left > 0; left -= 8 * WARPS) {
-    if (!first) wait_for(barrier + w);
+    if (!first) wait_for_turn(barrier + w);
     first = false;
     h.load(slot[w], l.lane);
     if (STATES) *states = h.packed(), states += WARPS * 32;
@@ -400,7 +404,8 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
         for (int i = 0; i < 4; i++) a[k][e][i] = h.v[e][i] = fmaf(a[k][e][i], h.v[e][i], u[e][i]);
     }
     h.store(slot[next], l.lane);
-    if (left > 8) hand_to(barrier + next);
+    if (left > 8) arrive_at(barrier + next);
+    if (left > 8 * (WARPS - 1)) arrive_at(barrier + previous);
     // y of this turn and the decays of the next. The branch, always taken, keeps the assembler from beginning with y in the
     // turn, where others wait.
     if (always) {
@@ -638,6 +643,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
   constexpr int STEP = RING ? WARPS : 1, K_STEPS = RANK ? RANK : 1;
   const Lane l;
   const int warp = RING ? warp_of_block() : 0, w = warp % STEP, next = warp + (w == 0 ? STEP - 1 : -1);
+  const int previous = warp + (w == STEP - 1 ? 1 - STEP : 1);
   const Place at(p, RING ? (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + warp / WARPS : blockIdx.x, l);
   if (at.direction >= p.num_directions) return;
   const Direction &d = p.direction[at.direction];
@@ -678,6 +684,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
     if (d.dlast_state != nullptr)
       G.load_rows(d.dlast_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, true, 1.f);
   }
+  if (RING && w < WARPS - 2) arrive_at(1 + previous);  // nothing is in the slot yet
   bool given = RING && w < WARPS - 1;  // whether the adjoint state comes from another warp
   int buffer = 0;
 #pragma unroll 1
@@ -778,7 +785,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
                                       transposed(pack_bf16(group.dtx[0][1], group.dtx[1][1]))};
       OwnColumns dB;
       if (given) {
-        wait_for(1 + warp);
+        wait_for_turn(1 + warp);
         G.load(slot[warp], l.lane);
       }
       given = RING;
@@ -804,7 +811,8 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
       }
       if (RING && group_number > 0) {
         G.store(slot[next], l.lane);
-        hand_to(1 + next);
+        arrive_at(1 + next);
+        if (group_number >= STEP - 1) arrive_at(1 + previous);
       }
       dB.add_rows(drow + p.rank, four_row, left, l);
     }
