@@ -10,7 +10,7 @@ BENCH   := $(BIN)/visionmamba bench
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu results results-gpu format lint types tests tests-without-compiler tests-from-wheel clean
+.PHONY: help setup demo test test-gpu sanitize-gpu results results-gpu format lint types tests tests-without-compiler tests-from-wheel clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 3
@@ -59,6 +59,10 @@ tests-from-wheel: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -rs
+
+sanitize-gpu: $(READY)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m tests.ops.cuda.sanitize
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m tests.ops.cuda.sanitize racecheck
 
 results: $(READY)
 	$(BENCH) efficiency --threads 2 --device cpu --out docs/results

@@ -107,4 +107,4 @@ def test_the_same_gradients_when_compiled():
     expected = gradients_in_bfloat16(model, model, images)
     actual = gradients_in_bfloat16(model, torch.compile(model, fullgraph=True), images)
     for name, gradient in expected.items():
-        assert relative_error(actual[name], gradient.cpu()) < BFLOAT16_TOLERANCE, name
+        assert relative_error(actual[name], gradient.cpu()) < 2 * BFLOAT16_TOLERANCE, name

@@ -137,6 +137,7 @@ def test_repeated_gradients_have_equal_bits():
 
 @pytest.mark.slow
 def test_more_than_two_billion_elements():
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 60 << 30:
         pytest.skip("needs 60 GiB of free GPU memory")
     torch.utils.deterministic.fill_uninitialized_memory = False

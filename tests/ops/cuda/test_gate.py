@@ -83,6 +83,7 @@ def test_separate_tensors_of_any_width(dtype, channels, both):
 
 @pytest.mark.slow
 def test_more_than_two_billion_elements():
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GiB of free GPU memory")
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -145,6 +145,7 @@ def test_inference_block_matches_float64(sizes, batch, length, first):
 
 @pytest.mark.slow
 def test_more_than_two_billion_elements():
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 100 << 30:
         pytest.skip("needs 100 GiB of free GPU memory")
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -157,6 +157,7 @@ def test_repeated_gradients_have_equal_bits(width):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [191, 192])
 def test_more_than_two_billion_elements(width):
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GiB of free GPU memory")
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -324,9 +324,31 @@ __device__ __forceinline__ float2 pair_of(const float *p, int channel, bool vali
   return make_float2(v.x * scale, v.y * scale);
 }
 // A warp's turn in a ring begins when the warp before has handed over the state and the warp after has read the slot that
-// this turn writes: both arrive at its barrier, so that racecheck can follow each write and read of a slot.
-__device__ __forceinline__ void wait_for_turn(int barrier) { asm volatile("bar.sync %0, 96;" ::"r"(barrier) : "memory"); }
+// this turn writes: both arrive at its barrier. compute-sanitizer's racecheck does not follow bar.arrive; for it the same
+// turns can be taken at mbarriers, which are slower.
+#ifdef TURNS_BY_MBARRIER
+__device__ __forceinline__ u32 turn_address(int barrier) {
+  __shared__ unsigned long long turns[16];
+  return (u32)__cvta_generic_to_shared(turns + barrier);
+}
+__device__ __forceinline__ void begin_turns() {
+  if (threadIdx.x < 16) asm volatile("mbarrier.init.shared::cta.b64 [%0], 64;" ::"r"(turn_address(threadIdx.x)) : "memory");
+  __syncthreads();
+}
+__device__ __forceinline__ void wait_for_turn(int barrier, int number) {
+  asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+                   turn_address(barrier)),
+               "r"(number & 1)
+               : "memory");
+}
+__device__ __forceinline__ void arrive_at(int barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(turn_address(barrier)) : "memory");
+}
+#else
+__device__ __forceinline__ void begin_turns() {}
+__device__ __forceinline__ void wait_for_turn(int barrier, int) { asm volatile("bar.sync %0, 96;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void arrive_at(int barrier) { asm volatile("bar.arrive %0, 96;" ::"r"(barrier) : "memory"); }
+#endif
 
 // Number of this thread's warp, known to be the same in all its lanes.
 __device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(threadIdx.x >> 5), 0); }
@@ -335,6 +357,7 @@ __device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(t
 template <class T, int RANK, bool SOFTPLUS, bool Y, bool STATES>
 __device__ __forceinline__ void scan_forward(const Problem &p) {
   __shared__ float4 slots[MAX_RINGS * WARPS][64];
+  begin_turns();
   wait_for_kernel_before();
   const Lane l;
   const int warp = warp_of_block(), ring = warp / WARPS, w = warp % WARPS, next = w + 1 == WARPS ? 0 : w + 1;
@@ -379,8 +402,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     h.store(slot[0], l.lane);
   }
   const bool always = p.chunk_length > 0;
-  bool first = w == 0;
-  int left = length - 8 * w;
+  int turn = w == 0 ? -1 : 0, left = length - 8 * w;
   if (w >= 2 && left > -8) arrive_at(barrier + previous);  // nothing is in the slot yet
   Group<T, RANK, SOFTPLUS> group;
   float a[8][2][4];
@@ -390,8 +412,8 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   for (int k = 0; k < 8; k++) group.decays(a[k], A, k);
 #pragma unroll 1
   for (; left > 0; left -= 8 * WARPS) {
-    if (!first) wait_for_turn(barrier + w);
-    first = false;
+    if (turn >= 0) wait_for_turn(barrier + w, turn);
+    turn++;
     h.load(slot[w], l.lane);
     if (STATES) *states = h.packed(), states += WARPS * 32;
 #pragma unroll
@@ -638,6 +660,7 @@ template <int RANK, bool SOFTPLUS, bool RING>
 __device__ __forceinline__ void scan_backward(const Problem &p) {
   extern __shared__ float4 memory[];
   typedef Bf16 T;
+  if (RING) begin_turns();
   wait_for_kernel_before();
   typedef Stage<RANK> S;
   constexpr int STEP = RING ? WARPS : 1, K_STEPS = RANK ? RANK : 1;
@@ -685,7 +708,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
       G.load_rows(d.dlast_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, true, 1.f);
   }
   if (RING && w < WARPS - 2) arrive_at(1 + previous);  // nothing is in the slot yet
-  bool given = RING && w < WARPS - 1;  // whether the adjoint state comes from another warp
+  int turn = w < WARPS - 1 ? 0 : -1;  // negative: no other warp has had the adjoint state
   int buffer = 0;
 #pragma unroll 1
   for (int group_number = last; group_number >= 0; group_number -= STEP) {
@@ -784,11 +807,11 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
       const ChannelWeights weights = {transposed(pack_bf16(group.dtx[0][0], group.dtx[1][0])),
                                       transposed(pack_bf16(group.dtx[0][1], group.dtx[1][1]))};
       OwnColumns dB;
-      if (given) {
-        wait_for_turn(1 + warp);
+      if (RING && turn >= 0) {
+        wait_for_turn(1 + warp, turn);
         G.load(slot[warp], l.lane);
       }
-      given = RING;
+      turn++;
 #pragma unroll
       for (int k = 7; k >= 0; k--) {
         const int q = k >> 2;
