@@ -112,7 +112,10 @@ class _FusedBlock(nn.Module):
         return can_fuse_mixer(hidden, [tensor.float().contiguous() for tensor in parameters])
 
     def forward(self, branch: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the mixer's output (B, L, D) and the residual stream before it, float32."""
+        """Return the mixer's output (B, L, D) and the residual stream before it, float32.
+
+        Both may lie in the memory of what is given.
+        """
         return fused_block(
             branch.contiguous(),
             residual,

@@ -308,7 +308,7 @@ class Vim(Pretrained):
         self, branch: Tensor, residual: Tensor, layout: SequenceLayout, kind: FeatureKind
     ) -> Tensor:
         if kind == "mixer":
-            sequence = branch
+            sequence = branch.clone()  # an optimized block writes over what it is given
         elif kind == "residual":
             sequence = residual + branch
         else:

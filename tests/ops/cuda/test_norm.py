@@ -154,6 +154,25 @@ def test_repeated_gradients_have_equal_bits(width):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_the_sum_may_be_written_over_the_residual():
+    x, residual, weight = (torch.randn(3, 197, 192, device="cuda") for _ in range(3))
+    weight = weight[0, 0]
+    expected, expected_total = add_rms_norm(x.bfloat16(), residual, weight, EPS)
+    normed, total = add_rms_norm(x.bfloat16(), residual, weight, EPS, total=residual)
+    assert total is residual
+    assert torch.equal(normed, expected)
+    assert torch.equal(total, expected_total)
+
+
+@pytest.mark.parametrize("width", [192, 191])
+def test_a_stream_that_begins_here_is_written_too(width):
+    x, weight = torch.randn(3, 197, width, device="cuda").bfloat16(), torch.rand(width).cuda()
+    total = torch.empty(x.shape, device="cuda")
+    normed, _ = add_rms_norm(x, None, weight, EPS, total=total)
+    assert torch.equal(normed, add_rms_norm(x, None, weight, EPS)[0])
+    assert torch.equal(total, x.float())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [191, 192])
 def test_more_than_two_billion_elements(width):

@@ -180,6 +180,7 @@ def fused_block(
     """Return the mixer's output (B, L, D) and the new residual stream (B, L, D) float32.
 
     For inference: norm, mixer and their projections in as few launches as there are kernels for.
+    Both inputs are given up: the results may lie in their memory.
 
     Args:
         branch: (B, L, D) contiguous, in the dtype of the packed weights.
@@ -194,9 +195,10 @@ def fused_block(
     if supports_norm_project(branch, packed.in_weight):
         xz, total = norm_project(branch, residual, norm_weight, eps, packed.in_weight)
     else:
-        hidden, summed = add_rms_norm(branch, residual, norm_weight, eps)
-        total = branch.float() if summed is None else summed
+        total = torch.empty_like(branch, dtype=torch.float32) if residual is None else residual
+        hidden, _ = add_rms_norm(branch, residual, norm_weight, eps, total=total)
         xz = F.linear(hidden, packed.in_weight)
+        del hidden
     x, z = xz[..., :d_inner], xz[..., d_inner:]
     u, projected = _convolve_and_project(x, packed)
     y = mixer_scan_forward(
@@ -209,8 +211,9 @@ def fused_block(
         rank=packed.sizes.dt_rank,
         out=u,
     )
+    del projected
     if supports_gate_project(y, z, packed.out_weight):
-        return gate_project(y, z, scale, packed.out_weight, layer_scale), total
+        return gate_project(y, z, scale, packed.out_weight, layer_scale, out=branch), total
     out = F.linear(gate_forward(y, z, scale, keep_sum=False), packed.out_weight)
     return out if layer_scale is None else out * layer_scale.to(out.dtype), total
 

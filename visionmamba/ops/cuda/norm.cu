@@ -21,7 +21,7 @@ constexpr int THREADS = 256;
 struct Norm {
   const char *x, *residual;  // residual may be null
   const float *weight;
-  char *normed, *total;  // total is written where there is a residual
+  char *normed, *total;  // total may be null, or the residual's memory
   i64 rows;
   int width;
   float eps;
@@ -113,7 +113,7 @@ __device__ __forceinline__ void norm_forward(const Norm &p) {
     for (int i = 0; i < QUADS; i++) {
       const int quad = lane + i * LANES;
       const bool in_row = valid && quad < quads;
-      store<R>(x[i], p.total + at, quad, in_row && p.residual != nullptr);
+      store<R>(x[i], p.total + at, quad, in_row && p.total != nullptr);
 #pragma unroll
       for (int c = 0; c < 4; c++) x[i][c] *= scale * weight[i][c];
       store<X>(x[i], p.normed + x_at, quad, in_row);
@@ -141,7 +141,7 @@ __device__ __forceinline__ void norm_forward_any(const Norm &p) {
   const float scale = rsqrtf(fmaf(sum_over_lanes<32>(squares), 1.f / p.width, p.eps));
   for (int c = lane; c < p.width; c += 32) {
     const float v = value(c);
-    if (p.residual != nullptr) store_one<R>(v, p.total + at, c);
+    if (p.total != nullptr) store_one<R>(v, p.total + at, c);
     store_one<X>(v * (scale * p.weight[c]), p.normed + offset<X>(row, p.width), c);
   }
 }

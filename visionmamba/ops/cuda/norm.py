@@ -43,31 +43,40 @@ class _Sum(ctypes.Structure):
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the norm of residual + x in x's dtype, and residual + x in the residual's.
 
     Args:
         x: (..., D).
-        residual: (..., D); None: the norm of x, and None.
+        residual: (..., D); None: the norm of x, and None where no total is given.
         weight: (D,).
         eps: added to the mean square.
+        total: (..., D) contiguous, in the residual's dtype: receives the sum; may be the residual.
     """
     x, width = x.contiguous(), x.shape[-1]
     normed = torch.empty_like(x)
     problem = _Norm(x=x.data_ptr(), weight=weight.data_ptr(), normed=normed.data_ptr(), eps=eps)
     problem.rows, problem.width = x.numel() // width, width
-    total, other = None, x
     places = problem.x | problem.weight
     if residual is not None:
-        other = residual.contiguous()
-        total = torch.empty_like(other)
-        problem.residual, problem.total = other.data_ptr(), total.data_ptr()
+        residual = residual.contiguous()
+        total = torch.empty_like(residual) if total is None else total
+        problem.residual = residual.data_ptr()
         places |= problem.residual
+    if total is not None:
+        problem.total = total.data_ptr()
+        places |= problem.total
+    stream_dtype = x.dtype if total is None else total.dtype
     size = _size(width, places)
     rows_of_block = _THREADS // (16 if size == "192" else 32)
     kernels("norm", x.device).launch(
-        f"norm_forward_kernel_{DTYPE_NAMES[x.dtype]}_{DTYPE_NAMES[other.dtype]}_{size}",
+        f"norm_forward_kernel_{DTYPE_NAMES[x.dtype]}_{DTYPE_NAMES[stream_dtype]}_{size}",
         problem,
         -(-problem.rows // rows_of_block),
         _THREADS,

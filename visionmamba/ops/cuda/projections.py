@@ -116,7 +116,13 @@ def supports_gate_project(y: Tensor, z: Tensor, weight: Tensor) -> bool:
 
 
 def gate_project(
-    y: Tensor, z: Tensor, scale: float, weight: Tensor, layer_scale: Tensor | None
+    y: Tensor,
+    z: Tensor,
+    scale: float,
+    weight: Tensor,
+    layer_scale: Tensor | None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Add both directions, gate and project.
 
@@ -129,13 +135,14 @@ def gate_project(
         scale: factor of the sum of both directions.
         weight: (D, E) in y's dtype, contiguous; as in norm_project, no result of the last kernel.
         layer_scale: (D,) float32, or None for ones.
+        out: (B, L, D) in y's dtype, contiguous: receives the branch.
 
     Returns:
         branch (B, L, D) in y's dtype; float16 saturates.
     """
     _, batch, length, _ = y.shape
     columns, rows = weight.shape[0], batch * length
-    out = y.new_empty((batch, length, columns))
+    out = y.new_empty((batch, length, columns)) if out is None else out
     problem = _GateProject(
         y=y.data_ptr(),
         z=z.data_ptr(),
