@@ -1,25 +1,90 @@
 """Copies the tables of docs/results into the documents, between the markers that name them.
 
-Run by `make results` after the measurements; tests/test_readme.py checks that nobody forgot.
+`gpu_models` and `gpu_scans` are put together from the measurements on a GPU and what the published
+code reaches there. Run by `make results` after the measurements; tests/test_readme.py checks that
+nobody forgot.
 """
 
+import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
+RESULTS = DOCS / "results"
 DOCUMENTS = (DOCS.parent / "README.md", DOCS / "reproduction.md", DOCS / "kernels.md")
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+TASKS = {"infer_cases": "inference", "train_cases": "training"}
 
 
 def with_results(text: str) -> str:
     """Return a document's text with every marked section replaced by its table."""
-    return SECTION.sub(
-        lambda found: (
-            f"{found[1]}\n{(DOCS / 'results' / f'{found[2]}.md').read_text()}\n{found[3]}"
-        ),
-        text,
-    )
+    return SECTION.sub(lambda found: f"{found[1]}\n{_section(found[2])}\n{found[3]}", text)
+
+
+def gpu_models() -> str:
+    """Return Vim-Ti's cases beside the published code, the best DeiT-Ti and the floor."""
+    lines = [
+        "| case | Vim-Ti, ms | GB | published Vim-Ti, ms | GB | best DeiT-Ti, ms | GB "
+        "| floor, ms | share of floor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for published in _read("published_h200.json")["models"]:
+        rows = [
+            row
+            for row in _read(f"efficiency_cuda_tiny_{published['file']}.json")["measurements"]
+            if (row["resolution"], row["batch"]) == (published["resolution"], published["batch"])
+        ]
+        ours = next(row for row in rows if row["model"] == "vim")
+        compared = [row for row in rows if row["model"].startswith("deit") and row["milliseconds"]]
+        best = min(compared, key=lambda row: float(row["milliseconds"]))
+        cells = [
+            f"{TASKS[published['file']]} {ours['resolution']} px, batch {ours['batch']}",
+            f"{ours['milliseconds']:.3g}",
+            f"{ours['peak_memory_gb']:.3g}",
+            f"{published['milliseconds']:.3g}",
+            f"{published['gigabytes']:.3g}" if "gigabytes" in published else "",
+            f"{best['milliseconds']:.3g}",
+            f"{best['peak_memory_gb']:.3g}",
+            f"{published['floor']:.3g}",
+            f"{published['floor'] / ours['milliseconds']:.2f}",
+        ]
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
+def gpu_scans() -> str:
+    """Return both scans of Vim-Ti beside the published kernels and the floor."""
+    timings = {
+        (row["op"], row["shape"], row["direction"]): row
+        for row in _read("kernels_cuda.json")["timings"]
+    }
+    lines = [
+        "| (B, L) | pass | step sizes made inside, us | step sizes given, us | published, us "
+        "| floor, us | share of floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for published in _read("published_h200.json")["scans"]:
+        batch, length = published["shape"]
+        shape = f"({batch}, {length}, 384, N 16) both directions"
+        inside = timings["both scans of the mixer", shape, published["direction"]]
+        given = timings.get(("both scans, step sizes given", shape, published["direction"]))
+        cells = [
+            f"({batch}, {length})",
+            published["direction"],
+            f"{1e3 * inside['milliseconds']:.0f}",
+            f"{1e3 * given['milliseconds']:.0f}" if given else "",
+            f"{published['microseconds']}",
+            f"{1e3 * inside['floor_milliseconds']:.0f}",
+            f"{inside['floor_milliseconds'] / inside['milliseconds']:.2f}",
+        ]
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
+MADE: dict[str, Callable[[], str]] = {"gpu_models": gpu_models, "gpu_scans": gpu_scans}
 
 
 def main() -> None:
@@ -27,6 +92,18 @@ def main() -> None:
     for document in DOCUMENTS:
         document.write_text(with_results(document.read_text()))
         print(f"updated {document.name}", file=sys.stderr)
+
+
+def _section(name: str) -> str:
+    return MADE[name]() if name in MADE else (RESULTS / f"{name}.md").read_text()
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ class OpCase:
     """The same in float32 on the CPU, where `call` cannot run there."""
     reference: "Callable[..., torch.Tensor] | None" = None
     """The same one token at a time, where there is such a form."""
+    has_gradients: bool = True
+    """Whether it is timed with its backward too."""
 
     @functools.cached_property
     def output_gradients(self) -> "tuple[torch.Tensor, ...]":
@@ -206,7 +208,7 @@ def _fused_cases(
     projected: "list[torch.Tensor]",
     prefix: str,
 ) -> Iterator[OpCase]:
-    """Yield both scans of the fused mixer, with step sizes made inside, and the whole of it."""
+    """Yield both scans with step sizes given and with step sizes made inside, and the mixer."""
     import torch
     from torch.nn import functional as F
 
@@ -218,8 +220,23 @@ def _fused_cases(
     sizes = packed.sizes
     batch, length, _ = hidden.shape
     case = functools.partial(OpCase, batch=batch, length=length)
+    elements, d_state, rank = x.numel(), sizes.d_state, sizes.dt_rank
     padding = sizes.projected_width - projected[0].shape[-1]
-    elements, d_state = x.numel(), sizes.d_state
+    padded = F.pad(torch.stack(projected), (0, padding))
+    dt_r, B, C, _ = padded.tensor_split((rank, rank + d_state, rank + 2 * d_state), -1)
+    yield case(
+        op="both scans, step sizes given",
+        shape=f"{prefix}, N {d_state}) both directions",
+        inputs=(
+            torch.stack((x, x)),
+            torch.einsum("iblr,ier->ible", dt_r, packed.dt_weight[..., :rank]),
+            *(B, C, packed.A, packed.D, packed.dt_bias),
+        ),
+        call=_given_scans,
+        num_exponentials=elements * 2 * (d_state + 2),
+        on_cpu=_given_scans_on_cpu,
+        has_gradients=False,
+    )
     yield case(
         op="both scans of the mixer",
         shape=f"{prefix}, N {d_state}) both directions",
@@ -227,16 +244,16 @@ def _fused_cases(
             tensor.detach().clone().requires_grad_()
             for tensor in (
                 torch.stack((x, x)),
-                F.pad(torch.stack(projected), (0, padding)),
+                padded,
                 packed.dt_weight,
                 packed.dt_bias,
                 packed.A,
                 packed.D,
             )
         ),
-        call=_mixer_scan(sizes.dt_rank),
+        call=_mixer_scan(rank),
         num_exponentials=elements * 2 * (d_state + 2),
-        on_cpu=functools.partial(_mixer_scan_on_cpu, sizes.dt_rank, d_state),
+        on_cpu=functools.partial(_mixer_scan_on_cpu, rank, d_state),
     )
     half = mixer.to(torch.bfloat16)
     copies = tuple(half.parameters())
@@ -247,6 +264,57 @@ def _fused_cases(
         call=lambda hidden, *_: half(hidden),
         num_exponentials=elements * (2 * (d_state + 4) + 2),
         on_cpu=lambda hidden, *given: _mixer_on_cpu(half, hidden, given),
+    )
+
+
+def _given_scans(
+    x: "torch.Tensor",
+    dt: "torch.Tensor",
+    B: "torch.Tensor",
+    C: "torch.Tensor",
+    A: "torch.Tensor",
+    D: "torch.Tensor",
+    dt_bias: "torch.Tensor",
+) -> "tuple[torch.Tensor, ...]":
+    """Return y of both directions from one launch; every tensor holds both."""
+    from visionmamba.ops.cuda.scan import Direction, scan_forward
+
+    directions = [
+        Direction(
+            x=x[i],
+            dt=dt[i],
+            A=A[i],
+            B=B[i],
+            C=C[i],
+            D=D[i],
+            dt_bias=dt_bias[i],
+            initial_state=None,
+            reverse=i == 1,
+        )
+        for i in (0, 1)
+    ]
+    return tuple(y for y, _ in scan_forward(directions, dt_softplus=True))
+
+
+def _given_scans_on_cpu(
+    x: "torch.Tensor",
+    dt: "torch.Tensor",
+    B: "torch.Tensor",
+    C: "torch.Tensor",
+    A: "torch.Tensor",
+    D: "torch.Tensor",
+    dt_bias: "torch.Tensor",
+) -> "tuple[torch.Tensor, ...]":
+    from visionmamba.ops import selective_scan
+
+    return tuple(
+        selective_scan(
+            *(x[i], dt[i], A[i], B[i], C[i], D[i]),
+            dt_bias=dt_bias[i],
+            dt_softplus=True,
+            reverse=i == 1,
+        )
+        for i in (0, 1)
     )
 
 
