@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.models.published import golden_case, golden_names
 from visionmamba import VimConfig, load, load_published, save
+from visionmamba.ops import cuda
 
 FLOAT32_TOLERANCE = 1e-4  # other summation orders than the CPU's
 BFLOAT16_TOLERANCE = 2e-2  # weights and activations rounded to 8 bits
@@ -40,26 +41,42 @@ def test_golden_logits_in_low_precision(dtype):
     assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
 
 
-def test_training_in_bfloat16_follows_float32():
-    images, labels = torch.randn(32, 3, 32, 32).cuda(), (torch.arange(32) % 5).cuda()
-    config = VimConfig(image_size=32, patch_size=8, d_model=32, depth=4, num_classes=5)
+def test_golden_logits_in_bfloat16_are_no_worse_than_plain_pytorch(monkeypatch):
+    model, images, expected = golden_model("ti_224")
+    model, images = model.bfloat16(), images.bfloat16()
+    errors = []
+    for backend in ("cuda", "torch"):
+        monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, backend)
+        cuda.forget_choice()
+        with torch.no_grad():
+            errors.append(relative_error(model(images), expected))
+    cuda.forget_choice()
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_a_hundred_steps_in_bfloat16_follow_float32():
+    config = VimConfig.tiny(image_size=32, patch_size=8, num_classes=5)
     curves = []
-    for enabled in (False, True):
+    for is_half in (False, True):
         torch.manual_seed(0)
         model = config.build().cuda()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        patterns = 0.15 * torch.randn(5, 3, 32, 32)
         losses = []
         for _ in range(100):
-            with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
-                loss = nn.functional.cross_entropy(model(images).float(), labels)
+            labels = torch.randint(5, (32,))
+            images = patterns[labels] + torch.randn(32, 3, 32, 32)
+            with torch.autocast("cuda", torch.bfloat16, enabled=is_half):
+                logits = model(images.cuda())
+            loss = nn.functional.cross_entropy(logits.float(), labels.cuda())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         curves.append(torch.tensor(losses))
-    assert curves[1].isfinite().all()
-    assert (curves[1] - curves[0]).abs().mean() < 0.05
-    assert curves[1][-1] < 0.2 * curves[1][0]
+    assert (curves[1] - curves[0]).abs().max() < 0.2
+    assert (curves[1] - curves[0]).abs().mean() < 0.03
+    assert curves[1][-10:].mean() < 0.3
 
 
 def test_pictures_on_the_wrong_device_are_refused():
