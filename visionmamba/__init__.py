@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import load, save
     from visionmamba.ops import selective_scan
-    from visionmamba.tasks.classification import Classification, Classifier
+    from visionmamba.tasks.classifier import Classification, Classifier
 
 __version__ = "0.1.0"
 
@@ -39,8 +39,8 @@ __all__ = [
 
 _HOMES = {
     "BidirectionalMixer": "visionmamba.models.mixer",
-    "Classification": "visionmamba.tasks.classification",
-    "Classifier": "visionmamba.tasks.classification",
+    "Classification": "visionmamba.tasks.classifier",
+    "Classifier": "visionmamba.tasks.classifier",
     "DeiTConfig": "visionmamba.models.deit",
     "Vim": "visionmamba.models.vim",
     "VimBlock": "visionmamba.models.vim",

@@ -1,11 +1,7 @@
 """What models are for: model, loss, metrics and predictor of each task."""
 
-from visionmamba.tasks.classification import (
-    Classification,
-    ClassificationTask,
-    Classifier,
-    Evaluation,
-    evaluate,
-)
+from visionmamba.tasks.classification import ClassificationTask
+from visionmamba.tasks.classifier import Classification, Classifier
+from visionmamba.tasks.evaluation import Evaluation, evaluate
 
 __all__ = ["Classification", "ClassificationTask", "Classifier", "Evaluation", "evaluate"]
