@@ -1,0 +1,76 @@
+"""Training by CUDA graphs equals training launch by launch."""
+
+import pytest
+import torch
+from torch import nn
+
+from visionmamba import VimConfig
+from visionmamba.training.graphs import graph_forward
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = VimConfig(image_size=32, patch_size=8, d_model=64, depth=3, num_classes=5)
+
+
+def losses_of(model: nn.Module, *, accumulate: int = 1, steps: int = 8) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            images = torch.randn(8, 3, 32, 32, generator=generator).cuda()
+            labels = (torch.arange(8) + part).cuda() % 5
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(images).float(), labels)
+            torch.autograd.backward(loss / accumulate)
+            losses.append(loss.item())
+        optimizer.step()
+    return losses
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return CONFIG.build().cuda().train()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_follow_those_without(accumulate: int) -> None:
+    expected = losses_of(build(), accumulate=accumulate)
+    model = build()
+    graph_forward(model, copies_gradients=accumulate > 1)
+    actual = losses_of(model, accumulate=accumulate)
+    assert torch.tensor(actual).allclose(torch.tensor(expected), atol=2e-3)
+    assert actual[-1] < 0.95 * actual[0]
+
+
+def test_other_shapes_evaluation_and_the_time_after_run_as_before() -> None:
+    model = build()
+    undo = graph_forward(model, copies_gradients=False)
+    model(torch.randn(8, 3, 32, 32, device="cuda")).sum().backward()
+    for images in (torch.randn(3, 3, 32, 32), torch.randn(8, 3, 48, 32)):
+        expected = CONFIG.build().cuda()
+        expected.load_state_dict(model.state_dict())
+        actual = model(images.cuda())
+        torch.testing.assert_close(actual, expected.train()(images.cuda()), rtol=1e-4, atol=1e-4)
+    model.eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 32, 32, device="cuda")).shape == (1, 5)
+    undo()
+    assert "forward" not in vars(model)
+
+
+def test_what_cannot_be_recorded_is_said_and_trains() -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) * x.sum().item()
+
+    model = Asking().cuda().train()
+    graph_forward(model, copies_gradients=False)
+    with pytest.warns(UserWarning, match="one by one, as the model cannot be recorded"):
+        model(torch.ones(3, 4, device="cuda")).sum().backward()
+    assert model.linear.weight.grad is not None
