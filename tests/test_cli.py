@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from tests.data.test_image_files import png_that_claims
 from tests.models.published import golden_case
-from visionmamba.cli import Predict, main
+from visionmamba.cli import main
+from visionmamba.cli.use import Predict
 from visionmamba.data import MAX_PIXELS, Preprocessing
 from visionmamba.models import VimConfig, load, load_published, save
 

@@ -1,0 +1,86 @@
+"""Dataclasses as options of the command line, and what is wrong with those that were given."""
+
+import contextlib
+import difflib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import groupby
+from typing import TypeVar
+
+import tyro
+
+Parsed = TypeVar("Parsed")
+Choice = TypeVar("Choice")
+
+
+def parse(
+    kind: type[Parsed], given: Sequence[str], *, prog: str, default: Parsed | None = None
+) -> Parsed:
+    """Returns the options; ValueError says in a sentence what is wrong with them."""
+    parsed: Parsed
+    boxes = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxes):
+            parsed, unknown = tyro.cli(
+                kind,
+                args=list(given),
+                prog=prog,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as exit_request:
+        if not exit_request.code:
+            raise
+        raise ValueError(f"{_first_sentence(boxes.getvalue())}; see {prog} --help") from None
+    if unknown:
+        valid = [f"--{name}" for name in _option_names(parsed)]
+        raise ValueError(
+            f"{prog} does not know {unknown[0]}{nearest(unknown[0], valid)}; "
+            f"valid options: {', '.join(valid)}"
+        )
+    return parsed
+
+
+def choose(choices: Mapping[str, Choice], name: str, *, what: str) -> Choice:
+    if name in choices:
+        return choices[name]
+    raise ValueError(
+        f"there is no {what} {name}{nearest(name, list(choices))}; "
+        f"valid {what}s: {', '.join(choices)}"
+    )
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """Returns ", did you mean X?" when a valid name, or the end of a dotted one, is close."""
+    short = {option.rsplit(".", 1)[-1].removeprefix("--"): option for option in reversed(valid)}
+    wanted = name.rsplit(".", 1)[-1].removeprefix("--").replace("_", "-")
+    close = difflib.get_close_matches(name, valid, n=1) or [
+        short[match] for match in difflib.get_close_matches(wanted, list(short), n=1)
+    ]
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _first_sentence(box: str) -> str:
+    """Returns the text of a message that tyro drew as a box, without its title and what follows."""
+    lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()][1:]
+    parts = [list(part) for is_text, part in groupby(lines, _is_text) if is_text]
+    return " ".join(" ".join(parts[0]).split()).rstrip(".") if parts else box.strip()
+
+
+def _is_text(line: str) -> bool:
+    return bool(line.strip("─-"))
+
+
+def _option_names(parsed: object, prefix: str = "") -> list[str]:
+    assert is_dataclass(parsed)
+    names: list[str] = []
+    for field in fields(parsed):
+        value = getattr(parsed, field.name)
+        if is_dataclass(value):
+            is_unprefixed = field.name in ("run", "recipe")
+            names += _option_names(value, prefix if is_unprefixed else f"{prefix}{field.name}.")
+        elif tyro.conf.Positional not in getattr(field.type, "__metadata__", ()):
+            names.append(f"{prefix}{field.name}".replace("_", "-"))
+    return names

@@ -1,0 +1,166 @@
+"""`visionmamba eval` and `visionmamba predict`: what trained weights are good for."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from visionmamba.cli.messages import complain
+from visionmamba.cli.options import parse
+
+if TYPE_CHECKING:
+    from visionmamba.tasks import Classification, Evaluation
+
+_MAX_PIXELS = 89_478_485  # data.MAX_PIXELS, without importing torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Accuracy of trained weights on labelled images."""
+
+    weights: tyro.conf.Positional[Path]
+    """File that training wrote, such as runs/digits/best.safetensors."""
+    data: tyro.conf.Positional[str]
+    """digits, a folder with train/ and val/, or a folder of class folders."""
+    split: Literal["train", "val"] = "val"
+    """Which half of the data."""
+    device: str = "auto"
+    """"auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N"."""
+    batch_size: int = 64
+    """Images that go through the model at once."""
+    num_workers: int = 0
+    """Processes that prepare images beside the main one."""
+    on_unreadable: Literal["fail", "skip"] = "fail"
+    """Stop at an image that cannot be opened, or leave it out and list it."""
+    max_pixels: int = _MAX_PIXELS
+    """Largest image, width times height, that is opened."""
+    out: Path | None = None
+    """Folder for evaluation.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """What images show."""
+
+    weights: tyro.conf.Positional[Path]
+    """File that training wrote, such as runs/digits/best.safetensors."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, or folders of them."""
+    top_k: int = 5
+    """How many classes to name."""
+    json: bool = False
+    """Print JSON instead of text."""
+    out: Path | None = None
+    """Folder for a JSON file and an annotated picture of each image."""
+    device: str = "auto"
+    """"auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N"."""
+    batch_size: int = 32
+    """Images that go through the model at once."""
+    on_unreadable: Literal["fail", "skip"] = "fail"
+    """Stop at an image that cannot be opened, or leave it out and report it."""
+    max_pixels: int = _MAX_PIXELS
+    """Largest image, width times height, that is opened."""
+
+
+def eval(given: list[str]) -> int:
+    options = parse(Eval, given, prog="visionmamba eval")
+    from visionmamba.tasks import evaluate
+
+    evaluation = evaluate(
+        options.weights,
+        options.data,
+        split=options.split,
+        device=options.device,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        on_unreadable=options.on_unreadable,
+        max_pixels=options.max_pixels,
+    )
+    if options.out is not None:
+        print(evaluation.save(options.out))
+    _print_evaluation(evaluation)
+    return 0
+
+
+def predict(given: list[str]) -> int:
+    options = parse(Predict, given, prog="visionmamba predict")
+    if not options.images:
+        raise ValueError("predict needs at least one image or folder: visionmamba predict W IMAGE")
+    from visionmamba.data import split_readable
+    from visionmamba.tasks import Classifier
+
+    classifier = Classifier.load(options.weights, device=options.device)
+    files = _image_files(options.images)
+    if options.on_unreadable == "skip":
+        files, reasons = split_readable(files, max_pixels=options.max_pixels)
+        for reason in reasons:
+            complain(f"left out: {reason}")
+    found = classifier(
+        files,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        max_pixels=options.max_pixels,
+    )
+    if options.out is not None:
+        _save_all(found, options.out)
+    if options.json:
+        print(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
+        return 0
+    for one in found:
+        shares = zip(map(_readable, one.labels), one.probabilities, strict=True)
+        print(f"{one.file}: " + ", ".join(f"{label} {share:.1%}" for label, share in shares))
+    return 0
+
+
+def _print_evaluation(evaluation: "Evaluation") -> None:
+    print(f"top-1 {evaluation.accuracy:.2%}, top-5 {evaluation.top5_accuracy:.2%}", end="")
+    print(f" of {evaluation.num_images} images")
+    for name, accuracy in evaluation.per_class.items():
+        print(f"  {name:24}{accuracy:.2%}")
+    for reason in evaluation.unreadable:
+        complain(f"left out: {reason}")
+
+
+def _readable(label: str) -> str:
+    """Returns the label, with its meaning where it is a number of WordNet, as in ImageNet."""
+    if not re.fullmatch(r"n\d{8}", label):
+        return label
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo()
+    if label not in info.label_names():  # type: ignore[no-untyped-call]
+        return label
+    first_name = info.label_name_to_description(label).split(",")[0]
+    return f"{first_name} ({label})"
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    from visionmamba.data import image_files_in
+
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(image_files_in(path))
+        if not inside:
+            raise ValueError(f"folder {path} holds no images; give image files or a folder of them")
+        files += inside
+    return files
+
+
+def _save_all(found: Sequence["Classification"], folder: Path) -> None:
+    """Saves each under its file's name, numbered where files of several folders share one."""
+    taken: set[str] = set()
+    for one in found:
+        stem = Path(one.file or "image").stem
+        name, number = stem, 1
+        while name in taken:
+            number += 1
+            name = f"{stem}_{number}"
+        taken.add(name)
+        one.save(folder, name=name)
