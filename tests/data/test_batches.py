@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from visionmamba.data import (
+    PADDING,
     Augmentation,
     Batch,
     Digits,
@@ -91,11 +92,11 @@ def test_resume_gives_the_rest_of_the_epoch_and_then_the_next(num_done: int) -> 
 
 def test_set_epoch_keeps_the_place_in_an_epoch_under_way() -> None:
     loader = batches()
-    loader.load_state_dict({"epoch": 3, "num_done": 2})
+    loader.load_state_dict({"epoch": 3, "num_samples": 512})
     loader.set_epoch(3)
-    assert loader.state_dict() == {"epoch": 3, "num_done": 2}
+    assert loader.state_dict() == {"epoch": 3, "num_samples": 512}
     loader.set_epoch(4)
-    assert loader.state_dict() == {"epoch": 4, "num_done": 0}
+    assert loader.state_dict() == {"epoch": 4, "num_samples": 0}
 
 
 def test_batch_larger_than_the_set_is_refused() -> None:
@@ -129,6 +130,44 @@ def test_unreadable_file_is_named_from_any_process(folder: Path, num_workers: in
     assert "dog/0.png is not an image" in message
     assert message.endswith('leave such files out with on_unreadable="skip"')
     assert "\n" not in message
+
+
+def test_training_takes_the_next_readable_picture_and_names_the_bad_one(folder: Path) -> None:
+    (folder / "train" / "cat" / "1.png").write_text("no image")
+    loader = TrainBatches(
+        ImageFolder(root=folder, on_unreadable="skip").build().train,
+        Preprocessing(image_size=8).build(),
+        batch_size=6,
+        seed=0,
+    )
+    (batch,) = list(loader)
+    assert sorted(batch.indices.tolist()) == [0, 2, 2, 3, 4, 5]
+    assert sorted(batch.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    (reason,) = loader.unreadable
+    assert "cat/1.png is not an image" in reason
+
+
+def test_training_gives_up_when_nothing_can_be_read(folder: Path) -> None:
+    images = ImageFolder(root=folder, on_unreadable="skip").open("train")
+    for path in images.files:
+        path.unlink()
+    loader = TrainBatches(images, Preprocessing(image_size=8).build(), batch_size=6, seed=0)
+    with pytest.raises(UnreadableImageError, match="100 images in a row cannot be opened; the"):
+        list(loader)
+
+
+def test_evaluation_leaves_unreadable_pictures_out_and_names_them(folder: Path) -> None:
+    (folder / "val" / "dog" / "0.png").write_text("no image")
+    loader = EvalBatches(
+        ImageFolder(root=folder, on_unreadable="skip").build().val,
+        Preprocessing(image_size=8).build(),
+        batch_size=4,
+    )
+    (batch,) = list(loader)
+    assert batch.labels.tolist() == [0, 0, PADDING, 1]
+    assert batch.indices.tolist() == [0, 1, PADDING, 3]
+    assert not batch.images[2].any()
+    assert "dog/0.png is not an image" in loader.unreadable[0]
 
 
 def test_seeds_differ_in_every_part() -> None:

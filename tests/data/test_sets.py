@@ -53,21 +53,6 @@ def test_folder_without_classes_is_refused(tmp_path: Path) -> None:
         open_images(tmp_path)
 
 
-def test_skip_leaves_unreadable_files_out_and_lists_them(folder: Path) -> None:
-    (folder / "train" / "cat" / "1.png").write_text("no image")
-    train = ImageFolder(root=folder, on_unreadable="skip").build().train
-    assert train.labels == (0, 0, 1, 1, 1)
-    assert len(train.unreadable) == 1
-    assert "cat/1.png is not an image" in train.unreadable[0]
-
-
-def test_class_of_unreadable_files_only_is_refused(folder: Path) -> None:
-    for path in (folder / "val" / "cat").iterdir():
-        path.write_text("no image")
-    with pytest.raises(ValueError, match=r"none of the 2 images in class folder .*val/cat can be"):
-        ImageFolder(root=folder, on_unreadable="skip").build()
-
-
 def test_hidden_and_other_files_are_ignored(folder: Path) -> None:
     for name in (".DS_Store", "._0.png", "readme.txt"):
         (folder / "train" / "cat" / name).write_text("x")

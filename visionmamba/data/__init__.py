@@ -1,6 +1,6 @@
 """From files to batches: image sets, their preparation for a model, loaders that can be resumed."""
 
-from visionmamba.data.batches import Batch, EvalBatches, TrainBatches, derive_seed
+from visionmamba.data.batches import PADDING, Batch, EvalBatches, TrainBatches, derive_seed
 from visionmamba.data.image_files import (
     MAX_PIXELS,
     UnreadableImageError,
@@ -8,6 +8,7 @@ from visionmamba.data.image_files import (
     open_image,
 )
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
+from visionmamba.data.mixing import Mixing
 from visionmamba.data.sets import (
     ArrayImages,
     Digits,
@@ -23,6 +24,7 @@ from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocess
 
 __all__ = [
     "MAX_PIXELS",
+    "PADDING",
     "ArrayImages",
     "Augmentation",
     "Batch",
@@ -34,6 +36,7 @@ __all__ = [
     "ImageSet",
     "ImageSplits",
     "ImageTransform",
+    "Mixing",
     "Preprocessing",
     "TrainBatches",
     "UnreadableImageError",

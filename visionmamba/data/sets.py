@@ -38,7 +38,11 @@ class ImageSet(Protocol):
 
     @property
     def unreadable(self) -> tuple[str, ...]:
-        """Files that were left out because they cannot be opened, each with the reason."""
+        """Files that were left out of the set from the start, each with the reason."""
+
+    @property
+    def on_unreadable(self) -> OnUnreadable:
+        """Whether batches stop at a picture that cannot be opened, or do without it."""
 
     def __len__(self) -> int: ...
 
@@ -80,8 +84,8 @@ class ImageFolder:
     root: Path = Path("data")
     """Folder that holds train/ and val/."""
     on_unreadable: OnUnreadable = "fail"
-    """"fail" stops at the first file that cannot be opened and names it; "skip" decodes every file
-    once at the start and leaves the unreadable ones out, counted and listed."""
+    """"fail" stops at the first file that cannot be opened and names it; "skip" goes on without it:
+    training takes the next readable file of the set, evaluation leaves it out; both list it."""
     max_pixels: int = MAX_PIXELS
     """Largest picture, width times height; a larger one counts as unreadable."""
 
@@ -132,6 +136,7 @@ class FileImages:
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
     unreadable: tuple[str, ...] = ()
+    on_unreadable: OnUnreadable = "fail"
     max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
@@ -155,6 +160,7 @@ class ArrayImages:
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
     unreadable: tuple[str, ...] = ()
+    on_unreadable: OnUnreadable = "fail"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -174,7 +180,7 @@ def open_class_folders(
     """Returns the pictures in `folder/CLASS/*`, classes and files in the order of their names.
 
     Raises:
-        ValueError: there is no class folder, or one without a (readable) image.
+        ValueError: there is no class folder, or one without an image.
     """
     class_folders = sorted(
         (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),
@@ -184,7 +190,6 @@ def open_class_folders(
         raise ValueError(f"{folder} holds no class folders; wanted {folder}/CLASS/*.jpg")
     files: list[Path] = []
     labels: list[int] = []
-    unreadable: list[str] = []
     for label, class_folder in enumerate(class_folders):
         found = sorted(image_files_in(class_folder), key=lambda path: path.name)
         if not found:
@@ -192,23 +197,13 @@ def open_class_folders(
                 f"class folder {class_folder} holds no images; add some "
                 f"({', '.join(IMAGE_SUFFIXES)}) or remove it"
             )
-        if on_unreadable == "skip":
-            readable, reasons = split_readable(found, max_pixels=max_pixels)
-            if not readable:
-                raise ValueError(
-                    f"none of the {len(found)} images in class folder {class_folder} can be "
-                    "opened; "
-                    f"the first: {reasons[0]}"
-                )
-            found = readable
-            unreadable += reasons
         files += found
         labels += [label] * len(found)
     return FileImages(
         files=tuple(files),
         labels=tuple(labels),
         class_names=tuple(path.name for path in class_folders),
-        unreadable=tuple(unreadable),
+        on_unreadable=on_unreadable,
         max_pixels=max_pixels,
     )
 

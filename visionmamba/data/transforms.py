@@ -37,12 +37,27 @@ class Augmentation:
     """Largest shift, as a share of each side."""
     zoom: float = 0.0
     """Largest change of scale: 0.1 draws it from 0.9 to 1.1."""
+    auto_augment: str | None = None
+    """timm's text of a RandAugment, AugMix or AutoAugment, as "rand-m9-mstd0.5-inc1"."""
+    color_jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation, as a share; as in timm it is ignored
+    beside auto_augment."""
+    erase_probability: float = 0.0
+    """Share of the pictures in which a rectangle becomes noise, after normalisation (random
+    erasing, arXiv 1708.04896, "pixel")."""
+    repeats: int = 1
+    """How often a chosen picture comes up in an epoch, each time changed anew (repeated
+    augmentation, arXiv 1901.09335); an epoch has as many samples as without."""
 
     def __post_init__(self) -> None:
         _check_range("min_crop_area", self.min_crop_area, 0.01, 1.0)
         _check_range("rotation_degrees", self.rotation_degrees, 0.0, 180.0)
         _check_range("translation", self.translation, 0.0, 1.0)
         _check_range("zoom", self.zoom, 0.0, 0.9)
+        _check_range("color_jitter", self.color_jitter, 0.0, 1.0)
+        _check_range("erase_probability", self.erase_probability, 0.0, 1.0)
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
     @property
     def moves(self) -> bool:

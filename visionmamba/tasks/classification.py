@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmamba.data import Batch, Preprocessing
+from visionmamba.data import PADDING, Batch, Mixing, Preprocessing
 from visionmamba.models.weights import save
 
 TASK_NAME = "classification"
@@ -26,8 +26,17 @@ class ClassificationTask(nn.Module):
         class_names: tuple[str, ...],
         preprocessing: Preprocessing,
         label_smoothing: float = 0.0,
+        mixing: Mixing | None = None,
     ) -> None:
-        """Takes a model with one output a class; label_smoothing is 0 to below 1."""
+        """Takes a model with one output a class.
+
+        Args:
+            model: (B, C, H, W) to (B, K).
+            class_names: K names.
+            preprocessing: kept in the weights file.
+            label_smoothing: share of the target spread over all classes, 0 to below 1.
+            mixing: mixup and CutMix of the training batches; None never mixes.
+        """
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(
@@ -37,28 +46,37 @@ class ClassificationTask(nn.Module):
         self.class_names = class_names
         self.preprocessing = preprocessing
         self.label_smoothing = label_smoothing
+        self.mixing = mixing or Mixing()
         self._sums: Tensor
-        self.register_buffer("_sums", torch.zeros(3), persistent=False)
-        self._num_seen = 0
+        self.register_buffer("_sums", torch.zeros(4), persistent=False)
 
     def training_loss(self, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of a batch, a float32 scalar."""
-        logits = self.model(batch.images).float()
-        return F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        images, targets = batch.images, batch.labels
+        if self.mixing.is_active:
+            images, targets = self.mixing.mix(images, targets, num_classes=len(self.class_names))
+        logits = self.model(images).float()
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def add_to_validation(self, batch: Batch) -> None:
-        """Counts a batch into the metrics."""
+        """Counts a batch into the metrics, rows of padding left out."""
         logits = self.model(batch.images).float()
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum", ignore_index=PADDING)
         first, first_five = hits(logits, batch.labels)
-        self._sums += torch.stack([loss, first.sum(), first_five.sum()])
-        self._num_seen += len(batch.labels)
+        num_seen = (batch.labels != PADDING).sum()
+        self._sums += torch.stack([loss, first.sum(), first_five.sum(), num_seen])
 
     def validation_metrics(self) -> dict[str, float]:
-        """Returns the metrics of everything counted, by `metric_names`, and starts anew."""
-        means = [total / max(self._num_seen, 1) for total in self._sums.tolist()]
+        """Returns the metrics of everything counted, by `metric_names`, and starts anew.
+
+        Where torch.distributed is initialised, they are those of all ranks together, each of which
+        must call this.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._sums)
+        *totals, num_seen = self._sums.tolist()
         self._sums.zero_()
-        self._num_seen = 0
+        means = [total / max(num_seen, 1) for total in totals]
         return dict(zip(self.metric_names, means, strict=True))
 
     def save_weights(self, path: Path) -> None:
