@@ -1,8 +1,10 @@
 """Order and random changes depend on seed, epoch and picture alone."""
 
+import random
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,17 +22,39 @@ from visionmamba.data import (
 )
 
 PREPROCESSING = Preprocessing(image_size=8, crop_fraction=1, mean=(0.5,), std=(0.5,), channels="L")
-AUGMENTATION = Augmentation(rotation_degrees=10, translation=0.1, zoom=0.1)
+AUGMENTATION = Augmentation(
+    rotation_degrees=10, translation=0.1, zoom=0.1, auto_augment="rand-m9", erase_probability=0.5
+)
+DIGITS = Digits().build()
 
 
-def batches(*, seed: int = 0, num_workers: int = 0, batch_size: int = 256) -> TrainBatches:
+def batches(
+    *,
+    seed: int = 0,
+    num_workers: int = 0,
+    batch_size: int = 256,
+    rank: int = 0,
+    num_ranks: int = 1,
+    repeats: int = 1,
+    batches_per_step: int = 1,
+) -> TrainBatches:
     return TrainBatches(
-        Digits().build().train,
+        DIGITS.train,
         PREPROCESSING.build(AUGMENTATION),
         batch_size=batch_size,
         seed=seed,
         num_workers=num_workers,
+        rank=rank,
+        num_ranks=num_ranks,
+        repeats=repeats,
+        batches_per_step=batches_per_step,
     )
+
+
+def pictures(loaders: list[TrainBatches], first: int, last: int) -> list[list[float]]:
+    """All pixels of some batches of every rank, sorted."""
+    found = [batch for loader in loaders for batch in list(islice(loader, last))[first:]]
+    return sorted(torch.cat([batch.images for batch in found]).flatten(1).tolist())
 
 
 def assert_equal(first: list[Batch], second: list[Batch]) -> None:
@@ -73,9 +97,13 @@ def test_number_of_workers_changes_nothing() -> None:
 def test_global_random_state_neither_matters_nor_moves() -> None:
     expected = list(batches())
     torch.manual_seed(123)
-    before = torch.get_rng_state()
+    np.random.seed(123)
+    random.seed(123)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     actual = list(batches())
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
     assert_equal(actual, expected)
 
 
@@ -99,6 +127,77 @@ def test_set_epoch_keeps_the_place_in_an_epoch_under_way() -> None:
     assert loader.state_dict() == {"epoch": 4, "num_samples": 0}
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_ranks_share_each_step_whatever_their_number(repeats: int) -> None:
+    alone = [batches(batch_size=64, repeats=repeats)]
+    four = [batches(batch_size=16, rank=r, num_ranks=4, repeats=repeats) for r in range(4)]
+    assert pictures(four, 2, 4) == pictures(alone, 2, 4)
+    assert len(four[0]) == len(alone[0])
+
+
+def test_accumulated_batches_make_the_same_steps() -> None:
+    one = batches(batch_size=256)
+    many = [batches(batch_size=32, rank=r, num_ranks=2, batches_per_step=4) for r in range(2)]
+    assert pictures(many, 4, 8) == pictures([one], 1, 2)
+    assert len(many[0]) == 4 * len(one)
+
+
+def test_run_goes_on_with_another_number_of_ranks() -> None:
+    unbroken = batches(batch_size=256)
+    interrupted = batches(batch_size=128, rank=1, num_ranks=2)
+    list(islice(interrupted, 2))
+    assert interrupted.state_dict() == {"epoch": 0, "num_samples": 512}
+    resumed = [batches(batch_size=64, rank=rank, num_ranks=4) for rank in range(4)]
+    for loader in resumed:
+        loader.load_state_dict(interrupted.state_dict())
+    assert pictures(resumed, 0, 3) == pictures([unbroken], 2, 5)
+
+
+def test_repeated_augmentation_changes_a_picture_anew_each_time() -> None:
+    loader = batches(batch_size=255, repeats=3)
+    (first, *_rest) = list(loader)
+    assert len(loader) == 1437 // 256 * 256 // 255
+    counts = first.indices.unique(return_counts=True)[1]
+    assert counts.tolist() == [3] * 85
+    same = first.images[first.indices == first.indices[0]]
+    assert not torch.equal(same[0], same[1])
+    assert not torch.equal(same[1], same[2])
+
+
+def test_repeats_are_the_same_after_an_interruption() -> None:
+    expected = list(batches(batch_size=100, repeats=3))
+    interrupted = batches(batch_size=100, repeats=3)
+    head = list(islice(interrupted, 4))
+    resumed = batches(batch_size=100, repeats=3, num_workers=1)
+    resumed.load_state_dict(interrupted.state_dict())
+    assert_equal([*head, *resumed], expected)
+
+
+@pytest.mark.parametrize("num_ranks", [3, 7])
+def test_evaluation_gives_each_picture_to_one_rank(num_ranks: int) -> None:
+    loaders = [
+        EvalBatches(
+            DIGITS.val, PREPROCESSING.build(), batch_size=50, rank=rank, num_ranks=num_ranks
+        )
+        for rank in range(num_ranks)
+    ]
+    ranks = [torch.cat([batch.indices for batch in loader]) for loader in loaders]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert len({len(list(loader)) for loader in loaders} | {len(loaders[0])}) == 1
+    found = torch.cat(ranks)
+    assert sorted(found[found != PADDING].tolist()) == list(range(360))
+
+
+def test_rank_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank must lie between 0 and num_ranks - 1 = 1, got 2"):
+        batches(rank=2, num_ranks=2)
+
+
+def test_step_larger_than_the_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size=2048 is larger than the training set of 1437"):
+        batches(batch_size=512, num_ranks=2, batches_per_step=2)
+
+
 def test_batch_larger_than_the_set_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=2000 is larger than the training set of 1437"):
         batches(batch_size=2000)
@@ -110,7 +209,7 @@ def test_negative_number_of_workers_is_refused() -> None:
 
 
 def test_evaluation_sees_every_picture_in_order() -> None:
-    loader = EvalBatches(Digits().build().val, PREPROCESSING.build(), batch_size=100)
+    loader = EvalBatches(DIGITS.val, PREPROCESSING.build(), batch_size=100)
     assert [len(batch.labels) for batch in loader] == [100, 100, 100, 60]
     assert torch.cat([batch.indices for batch in loader]).tolist() == list(range(360))
 

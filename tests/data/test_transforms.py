@@ -1,10 +1,15 @@
 """From pictures to tensors."""
 
+import random
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from timm.data import create_transform
+from torchvision.transforms import Compose, v2
 
 from visionmamba.data import Augmentation, Preprocessing
 
@@ -89,18 +94,84 @@ def test_wrong_preprocessing_is_refused(options: dict[str, object], message: str
         Preprocessing(**{"image_size": 8, **options})  # type: ignore[arg-type]
 
 
-def test_every_augmentation_follows_torchs_seed() -> None:
-    augmentation = Augmentation(
-        min_crop_area=0.3, horizontal_flip=True, rotation_degrees=20, translation=0.1, zoom=0.2
+def seeded(
+    transform: Callable[[Image.Image], torch.Tensor], seed: int, image: Image.Image
+) -> torch.Tensor:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    return transform(image)
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation(min_crop_area=0.3),
+        Augmentation(horizontal_flip=True),
+        Augmentation(rotation_degrees=20, translation=0.1, zoom=0.2),
+        Augmentation(auto_augment="rand-m9-mstd0.5-inc1"),
+        Augmentation(color_jitter=0.3),
+        Augmentation(erase_probability=0.9),
+    ],
+    ids=["crop", "flip", "move", "rand", "jitter", "erase"],
+)
+@pytest.mark.parametrize("channels", ["RGB", "L"])
+def test_every_augmentation_follows_the_seeds(augmentation: Augmentation, channels: str) -> None:
+    mean = (0.5,) * len(channels)
+    transform = Preprocessing(
+        image_size=16,
+        mean=mean,
+        std=mean,
+        channels=channels,  # type: ignore[arg-type]
+    ).build(augmentation)
+    image = gradient(40, 30)
+    for seed in range(8):
+        assert torch.equal(seeded(transform, seed, image), seeded(transform, seed, image))
+    assert any(
+        not torch.equal(seeded(transform, 0, image), seeded(transform, seed, image))
+        for seed in range(1, 8)
     )
-    transform = Preprocessing(image_size=16).build(augmentation)
-    torch.manual_seed(1)
-    first = transform(gradient(40, 30))
-    torch.manual_seed(1)
-    again = transform(gradient(40, 30))
-    other = transform(gradient(40, 30))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+
+
+def test_published_augmentation_equals_timms_transform() -> None:
+    augmentation = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", erase_probability=0.25)
+    timms = create_transform(
+        32,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        hflip=0,
+    )
+    changes = Compose(timms.transforms[1:])  # torchvision and timm draw the same crop differently
+    image = gradient(32, 32)
+    ours = Preprocessing(image_size=32, crop_fraction=1).build(augmentation)
+    for seed in range(20):
+        expected = seeded(changes, seed, image)
+        torch.testing.assert_close(seeded(ours, seed, image), expected)
+
+
+def test_color_jitter_is_ignored_beside_rand_augment_as_in_timm() -> None:
+    words = "rand-m9-mstd0.5-inc1"
+    both = Preprocessing(image_size=16).build(Augmentation(auto_augment=words, color_jitter=0.3))
+    one = Preprocessing(image_size=16).build(Augmentation(auto_augment=words))
+    assert torch.equal(seeded(both, 1, gradient(40, 30)), seeded(one, 1, gradient(40, 30)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"auto_augment": "rand-k9"}, "must be a RandAugment in timm's words, as rand-m9"),
+        ({"auto_augment": "original"}, "got 'original'"),
+        ({"color_jitter": -0.1}, "color_jitter must lie between 0 and 1, got -0.1"),
+        ({"erase_probability": 2}, "erase_probability must lie between 0 and 1, got 2"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+    ],
+)
+def test_wrong_augmentation_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**options)
 
 
 def test_default_augmentation_changes_nothing() -> None:

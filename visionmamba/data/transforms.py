@@ -1,6 +1,7 @@
 """From a picture to the tensor a model reads: fixed preparation, and training's random changes."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,10 @@ Channels = Literal["RGB", "L"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t[a-z]+))*"
+)
+_TRANSLATION_SHARE = 0.45  # of the shorter side, RandAugment's largest shift in timm
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -38,7 +43,7 @@ class Augmentation:
     zoom: float = 0.0
     """Largest change of scale: 0.1 draws it from 0.9 to 1.1."""
     auto_augment: str | None = None
-    """timm's text of a RandAugment, AugMix or AutoAugment, as "rand-m9-mstd0.5-inc1"."""
+    """RandAugment (arXiv 1909.13719) in timm's words: "rand-m9-mstd0.5-inc1" is that of DeiT."""
     color_jitter: float = 0.0
     """Largest change of brightness, contrast and saturation, as a share; as in timm it is ignored
     beside auto_augment."""
@@ -56,6 +61,11 @@ class Augmentation:
         _check_range("zoom", self.zoom, 0.0, 0.9)
         _check_range("color_jitter", self.color_jitter, 0.0, 1.0)
         _check_range("erase_probability", self.erase_probability, 0.0, 1.0)
+        if self.auto_augment is not None and not _RAND_AUGMENT.fullmatch(self.auto_augment):
+            raise ValueError(
+                "auto_augment must be a RandAugment in timm's words, as rand-m9-mstd0.5-inc1, got "
+                f"{self.auto_augment!r}"
+            )
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
@@ -154,12 +164,16 @@ class Preprocessing:
 
 
 class ImageTransform:
-    """Callable: PIL image to float32 (C, H, W); random only through torch's global generator."""
+    """Callable: PIL image to float32 (C, H, W).
+
+    Random only through the global generators of torch, numpy and Python's random.
+    """
 
     def __init__(self, *, preprocessing: Preprocessing, augmentation: Augmentation | None) -> None:
         self.preprocessing = preprocessing
         self._crop = _random_crop(preprocessing, augmentation)
-        self._changes = _random_changes(augmentation)
+        self._changes = _random_changes(preprocessing, augmentation)
+        self._erase = _random_erasing(augmentation)
 
     def __call__(self, image: Image.Image) -> Tensor:
         if image.mode != self.preprocessing.channels:
@@ -171,7 +185,7 @@ class ImageTransform:
         scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
         mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
         normalized: Tensor = v2.functional.normalize(scaled, mean, std, inplace=True)
-        return normalized
+        return self._erase(normalized) if self._erase else normalized
 
 
 def _random_crop(
@@ -186,10 +200,12 @@ def _random_crop(
     )
 
 
-def _random_changes(augmentation: Augmentation | None) -> list[v2.Transform]:
+def _random_changes(
+    preprocessing: Preprocessing, augmentation: Augmentation | None
+) -> list[Callable[[Image.Image], Image.Image]]:
     if augmentation is None:
         return []
-    changes: list[v2.Transform] = []
+    changes: list[Callable[[Image.Image], Image.Image]] = []
     if augmentation.horizontal_flip:
         changes.append(v2.RandomHorizontalFlip())
     if augmentation.moves:
@@ -201,7 +217,37 @@ def _random_changes(augmentation: Augmentation | None) -> list[v2.Transform]:
                 interpolation=InterpolationMode.BILINEAR,
             )
         )
+    if augmentation.auto_augment is not None:
+        changes.append(_rand_augment(preprocessing, augmentation.auto_augment))
+    elif augmentation.color_jitter:
+        changes.append(v2.ColorJitter(*[augmentation.color_jitter] * 3))
     return changes
+
+
+def _rand_augment(preprocessing: Preprocessing, words: str) -> Callable[[Image.Image], Image.Image]:
+    from timm.data.auto_augment import rand_augment_transform
+
+    fill = tuple(min(255, round(255 * value)) for value in preprocessing.mean)
+    change: Callable[[Image.Image], Image.Image] = rand_augment_transform(
+        words,
+        {
+            "translate_const": int(min(preprocessing.size) * _TRANSLATION_SHARE),
+            "img_mean": fill if preprocessing.channels == "RGB" else fill[0],
+            "interpolation": _RESAMPLING[preprocessing.interpolation],
+        },
+    )
+    return change
+
+
+def _random_erasing(augmentation: Augmentation | None) -> Callable[[Tensor], Tensor] | None:
+    if augmentation is None or not augmentation.erase_probability:
+        return None
+    from timm.data.random_erasing import RandomErasing
+
+    erase: Callable[[Tensor], Tensor] = RandomErasing(  # type: ignore[no-untyped-call]
+        augmentation.erase_probability, mode="pixel", device="cpu"
+    )
+    return erase
 
 
 def _centred_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
