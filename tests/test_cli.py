@@ -157,7 +157,7 @@ def test_predict_skips_and_reports_when_asked(
 def test_eval_reports_each_class(weights: Path, pictures: Path, capsys: Output) -> None:
     assert main(["eval", str(weights), str(pictures), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("of 6 images")
+    assert " of 6 images at 16x16 px; " in lines[0]
     assert [line.split()[0] for line in lines[1:]] == ["cat", "dog"]
 
 
@@ -333,7 +333,7 @@ def test_limit_of_pixels_can_be_set(weights: Path, pictures: Path, capsys: Outpu
 
 
 def test_default_limit_of_pixels_is_the_datas() -> None:
-    assert Predict(weights=Path(), images=()).max_pixels == MAX_PIXELS
+    assert Predict(weights="", images=()).max_pixels == MAX_PIXELS
 
 
 def test_empty_class_folder_is_named(weights: Path, pictures: Path, capsys: Output) -> None:

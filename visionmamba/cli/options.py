@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import groupby
@@ -12,6 +13,8 @@ import tyro
 
 Parsed = TypeVar("Parsed")
 Choice = TypeVar("Choice")
+
+_MAX_WORKERS = 16
 
 
 def parse(
@@ -41,6 +44,30 @@ def parse(
             f"valid options: {', '.join(valid)}"
         )
     return parsed
+
+
+def image_size_of(given: tuple[int, ...] | None) -> int | tuple[int, int] | None:
+    """Returns what `--image-size` means; ValueError for more than two numbers."""
+    if given is None:
+        return None
+    if len(given) not in (1, 2):
+        raise ValueError(
+            f"--image-size takes a side, or height and width; got {len(given)} numbers"
+        )
+    return given[0] if len(given) == 1 else (given[0], given[1])
+
+
+def num_workers_for(device: str, given: int | None, *, num_devices: int = 1) -> int:
+    """Returns the processes that prepare images for one device, all cores by default on a GPU."""
+    if given is not None:
+        return given
+    from visionmamba.models.weights import resolve_device
+
+    if resolve_device(device).type != "cuda":
+        return 0
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(_MAX_WORKERS, num_cores // num_devices))
 
 
 def choose(choices: Mapping[str, Choice], name: str, *, what: str) -> Choice:

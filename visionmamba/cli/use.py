@@ -10,44 +10,57 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from visionmamba.cli.messages import complain
-from visionmamba.cli.options import parse
+from visionmamba.cli.options import image_size_of, num_workers_for, parse
 
 if TYPE_CHECKING:
     from visionmamba.tasks import Classification, Evaluation
 
 _MAX_PIXELS = 89_478_485  # data.MAX_PIXELS, without importing torch
+_MAX_SHOWN_CLASSES = 30
+_NUM_WORST_CLASSES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Accuracy of trained weights on labelled images."""
+    """Accuracy of trained or published weights on labelled images."""
 
-    weights: tyro.conf.Positional[Path]
-    """File that training wrote, such as runs/digits/best.safetensors."""
+    weights: tyro.conf.Positional[str]
+    """File that training wrote, such as runs/digits/best.safetensors; the authors' .pth; or a name
+    that `visionmamba models` lists."""
     data: tyro.conf.Positional[str]
     """digits, a folder with train/ and val/, or a folder of class folders."""
     split: Literal["train", "val"] = "val"
     """Which half of the data."""
+    image_size: tuple[int, ...] | None = None
+    """Side, or height and width, in pixels, instead of what the weights say."""
+    crop_fraction: float | None = None
+    """Share of the resized image that the centred crop keeps, instead of what the weights say."""
+    which: Literal["model", "model_ema"] = "model"
+    """Entry of the authors' file: the raw weights or their moving average."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the model."""
     device: str = "auto"
     """"auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N"."""
     batch_size: int = 64
     """Images that go through the model at once."""
-    num_workers: int = 0
-    """Processes that prepare images beside the main one."""
+    num_workers: int | None = None
+    """Processes that prepare images beside the main one; by default as many as there are cores (at
+    most 16) for a GPU, none for the CPU."""
     on_unreadable: Literal["fail", "skip"] = "fail"
     """Stop at an image that cannot be opened, or leave it out and list it."""
     max_pixels: int = _MAX_PIXELS
     """Largest image, width times height, that is opened."""
     out: Path | None = None
-    """Folder for evaluation.json."""
+    """Folder for evaluation.json, per_class.csv, confusion.csv and confusion.png."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
     """What images show."""
 
-    weights: tyro.conf.Positional[Path]
-    """File that training wrote, such as runs/digits/best.safetensors."""
+    weights: tyro.conf.Positional[str]
+    """File that training wrote, such as runs/digits/best.safetensors; the authors' .pth; or a name
+    that `visionmamba models` lists."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, or folders of them."""
     top_k: int = 5
@@ -67,16 +80,22 @@ class Predict:
 
 
 def eval(given: list[str]) -> int:
+    """Runs `visionmamba eval`."""
     options = parse(Eval, given, prog="visionmamba eval")
+    size = image_size_of(options.image_size)
     from visionmamba.tasks import evaluate
 
     evaluation = evaluate(
         options.weights,
         options.data,
         split=options.split,
+        image_size=size,
+        crop_fraction=options.crop_fraction,
+        which=options.which,
+        precision=options.precision,
         device=options.device,
         batch_size=options.batch_size,
-        num_workers=options.num_workers,
+        num_workers=num_workers_for(options.device, options.num_workers),
         on_unreadable=options.on_unreadable,
         max_pixels=options.max_pixels,
     )
@@ -87,6 +106,7 @@ def eval(given: list[str]) -> int:
 
 
 def predict(given: list[str]) -> int:
+    """Runs `visionmamba predict`."""
     options = parse(Predict, given, prog="visionmamba predict")
     if not options.images:
         raise ValueError("predict needs at least one image or folder: visionmamba predict W IMAGE")
@@ -117,10 +137,20 @@ def predict(given: list[str]) -> int:
 
 
 def _print_evaluation(evaluation: "Evaluation") -> None:
-    print(f"top-1 {evaluation.accuracy:.2%}, top-5 {evaluation.top5_accuracy:.2%}", end="")
-    print(f" of {evaluation.num_images} images")
-    for name, accuracy in evaluation.per_class.items():
-        print(f"  {name:24}{accuracy:.2%}")
+    height, width = evaluation.image_size
+    print(
+        f"top-1 {evaluation.accuracy:.2%}, top-5 {evaluation.top5_accuracy:.2%} of "
+        f"{evaluation.num_images} images at {height}x{width} px; "
+        f"{evaluation.images_per_second:.0f} images/s, "
+        f"the model alone {evaluation.model_images_per_second:.0f}"
+    )
+    rows = evaluation.classes()
+    if len(rows) > _MAX_SHOWN_CLASSES:
+        print(f"the {_NUM_WORST_CLASSES} worst of {len(rows)} classes; --out DIR writes all:")
+        rows = sorted(rows, key=lambda row: row.accuracy)[:_NUM_WORST_CLASSES]
+    for row in rows:
+        mixed_up = f", most often taken for {_readable(row.taken_for)}" if row.taken_for else ""
+        print(f"  {_readable(row.name):24} {row.accuracy:7.2%} of {row.num_images}{mixed_up}")
     for reason in evaluation.unreadable:
         complain(f"left out: {reason}")
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from visionmamba.cli.options import parse
+from visionmamba.cli.options import image_size_of, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,7 @@ def models(given: list[str]) -> int:
 
 def convert(given: list[str]) -> int:
     options = parse(Convert, given, prog="visionmamba convert")
-    size = options.image_size
-    if size is not None and len(size) not in (1, 2):
-        raise ValueError(f"--image-size takes a side, or height and width; got {len(size)} numbers")
+    size = image_size_of(options.image_size)
     from visionmamba.models import Vim, save
     from visionmamba.models.config import VimOptions
 
@@ -61,7 +59,7 @@ def convert(given: list[str]) -> int:
     if options.in_channels is not None:
         overrides["in_channels"] = options.in_channels
     if size is not None:
-        overrides["image_size"] = size[0] if len(size) == 1 else (size[0], size[1])
+        overrides["image_size"] = size
     if options.stride is not None:
         overrides["stride"] = options.stride
     model = Vim.from_pretrained(

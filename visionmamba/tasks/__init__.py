@@ -2,6 +2,13 @@
 
 from visionmamba.tasks.classification import ClassificationTask
 from visionmamba.tasks.classifier import Classification, Classifier
-from visionmamba.tasks.evaluation import Evaluation, evaluate
+from visionmamba.tasks.evaluation import ClassResult, Evaluation, evaluate
 
-__all__ = ["Classification", "ClassificationTask", "Classifier", "Evaluation", "evaluate"]
+__all__ = [
+    "ClassResult",
+    "Classification",
+    "ClassificationTask",
+    "Classifier",
+    "Evaluation",
+    "evaluate",
+]

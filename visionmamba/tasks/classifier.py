@@ -20,7 +20,12 @@ from visionmamba.data import (
     explain_out_of_memory,
     open_image,
 )
-from visionmamba.models.weights import load, read_header, resolve_device
+from visionmamba.models.deit import DeiT
+from visionmamba.models.hub import find_weights
+from visionmamba.models.published import load_published
+from visionmamba.models.published_file import Which
+from visionmamba.models.vim import Vim
+from visionmamba.models.weights import METADATA_KEY, load, read_metadata, resolve_device
 from visionmamba.tasks.classification import TASK_NAME
 from visionmamba.tasks.files import replace_file
 
@@ -123,29 +128,46 @@ class Classifier:
         self._transform = preprocessing.build()
 
     @classmethod
-    def load(cls, weights: str | os.PathLike[str], *, device: str = "auto") -> "Classifier":
-        """Returns the classifier in a weights file.
+    def load(
+        cls,
+        weights: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        which: Which = "model",
+    ) -> "Classifier":
+        """Returns the classifier that weights hold.
 
         Args:
-            weights: a file that `fit` or `visionmamba.save` wrote.
+            weights: a file or folder that `fit` or `visionmamba.save` wrote, the authors' .pth, a
+                name that `visionmamba models` lists, or a repository of the Hub.
             device: "auto" takes the GPU when there is one.
+            which: entry of the authors' file: the raw weights or their moving average.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, and the Hub is out of reach.
             ValueError: it is damaged, too new, of another task, or says nothing about preparation.
         """
-        header = read_header(weights)
+        where, path = os.fspath(weights), find_weights(weights)
+        if path.suffix == ".safetensors" and METADATA_KEY in read_metadata(path):
+            model: Vim | DeiT = load(path, device=device)
+        else:
+            model = load_published(path, which=which)
+        header = model.header
+        assert header is not None
         if header.task != TASK_NAME:
             raise ValueError(
-                f"{os.fspath(weights)} was trained for {header.task}, wanted {TASK_NAME}; "
-                "use the predictor of that task"
+                f"{where} was trained for {header.task}, wanted {TASK_NAME}; use the predictor of "
+                "that task"
+            )
+        if not model.config.num_classes:
+            raise ValueError(
+                f"{where} has no classifier (num_classes=0); give weights that kept their head"
             )
         if not header.preprocessing:
             raise ValueError(
-                f"{os.fspath(weights)} does not say how pictures are prepared; "
+                f"{where} does not say how pictures are prepared; "
                 "save it with visionmamba.save(..., preprocessing=...)"
             )
-        model = load(weights, device=device)
         names = header.class_names or tuple(map(str, range(model.config.num_classes)))
         preprocessing = Preprocessing.from_dict(header.preprocessing)
         return cls(model, preprocessing=preprocessing, class_names=names, device=device)

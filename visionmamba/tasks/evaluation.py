@@ -1,20 +1,41 @@
-"""How well a classifier does on labelled pictures."""
+"""How well a classifier does on labelled pictures: accuracies, mix-ups and speed."""
 
+import csv
+import io
 import json
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from visionmamba.data import MAX_PIXELS, EvalBatches, explain_out_of_memory, open_images
+from visionmamba.data import MAX_PIXELS, PADDING, EvalBatches, explain_out_of_memory, open_images
 from visionmamba.data.sets import OnUnreadable, Split
+from visionmamba.models.published_file import Which
 from visionmamba.tasks.classification import hits
 from visionmamba.tasks.classifier import Classifier
+from visionmamba.tasks.confusion import draw_confusion
 from visionmamba.tasks.files import replace_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassResult:
+    """What became of the pictures of one class."""
+
+    name: str
+    """Name of the class."""
+    num_images: int
+    """Pictures of it."""
+    accuracy: float
+    """Share of them whose most probable class is this one."""
+    taken_for: str | None
+    """The wrong class named most often; None when none was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +50,78 @@ class Evaluation:
     """Top-1 accuracy of each class that has pictures."""
     num_images: int
     """Pictures judged."""
+    image_size: tuple[int, int]
+    """Height and width in pixels that the model saw."""
+    crop_fraction: float
+    """Share of the resized picture that the centred crop kept."""
+    images_per_second: float
+    """Pictures per second, reading and preparing included."""
+    model_images_per_second: float
+    """Pictures per second of the model alone, first batch (where kernels are built) left out."""
+    class_names: tuple[str, ...] = field(repr=False)
+    """Names of the classes, in the order of the matrix."""
+    confusion: NDArray[np.int64] = field(repr=False, compare=False)
+    """(classes, classes): how many pictures of the row's class were taken for the column's."""
     unreadable: tuple[str, ...]
     """Files that were left out, with the reasons."""
 
+    def classes(self) -> list[ClassResult]:
+        """Returns one row for each class that has pictures, in the order of the classes."""
+        rows: list[ClassResult] = []
+        for index, name in enumerate(self.class_names):
+            counts = self.confusion[index].copy()
+            num_images, counts[index] = int(counts.sum()), 0
+            if not num_images:
+                continue
+            worst = int(counts.argmax())
+            rows.append(
+                ClassResult(
+                    name=name,
+                    num_images=num_images,
+                    accuracy=self.per_class[name],
+                    taken_for=self.class_names[worst] if counts[worst] else None,
+                )
+            )
+        return rows
+
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, ready for JSON."""
-        return asdict(self)
+        """Returns plain values, ready for JSON; the matrix is in confusion.csv."""
+        return {
+            "accuracy": self.accuracy,
+            "top5_accuracy": self.top5_accuracy,
+            "num_images": self.num_images,
+            "image_size": list(self.image_size),
+            "crop_fraction": self.crop_fraction,
+            "images_per_second": self.images_per_second,
+            "model_images_per_second": self.model_images_per_second,
+            "per_class": self.per_class,
+            "unreadable": list(self.unreadable),
+        }
 
     def save(self, folder: str | Path) -> Path:
-        """Writes evaluation.json into a folder, made when missing, and returns its path."""
+        """Writes all there is to know into a folder, made when missing.
+
+        evaluation.json, per_class.csv (pictures, accuracy, what the class is most often taken for),
+        confusion.csv and its picture confusion.png.
+
+        Returns:
+            The path of evaluation.json.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        table: list[Sequence[object]] = [("class", "images", "accuracy", "taken_for")]
+        table += [
+            (one.name, one.num_images, round(one.accuracy, 6), one.taken_for or "")
+            for one in self.classes()
+        ]
+        replace_file(folder / "per_class.csv", _csv(table))
+        matrix: list[Sequence[object]] = [("class", *self.class_names)]
+        matrix += [
+            (name, *row.tolist())
+            for name, row in zip(self.class_names, self.confusion, strict=True)
+        ]
+        replace_file(folder / "confusion.csv", _csv(matrix))
+        replace_file(folder / "confusion.png", draw_confusion(self.confusion, self.class_names))
         target = folder / "evaluation.json"
         replace_file(target, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
         return target
@@ -50,18 +132,32 @@ def evaluate(
     data: str | Path,
     *,
     split: Split = "val",
+    image_size: int | tuple[int, int] | None = None,
+    crop_fraction: float | None = None,
+    which: Which = "model",
+    precision: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
     batch_size: int = 64,
     num_workers: int = 0,
     on_unreadable: OnUnreadable = "fail",
     max_pixels: int = MAX_PIXELS,
 ) -> Evaluation:
-    """Returns the accuracy of a weights file on labelled pictures.
+    """Returns the accuracy of weights on labelled pictures.
+
+    Pictures are prepared as the weights say. The published ones (and the recipes for ImageNet) say:
+    shorter side to 256 px by bicubic interpolation, the middle 224 px, ImageNet's mean and
+    deviation. ImageNet's classes are in the order of their folders, n01440764 first.
 
     Args:
-        weights: a file that `fit` or `visionmamba.save` wrote.
+        weights: whatever `Classifier.load` takes: a file of this package, the authors' .pth, or a
+            published name.
         data: "digits", a folder with train/ and val/, or a folder of class folders.
         split: which half of "digits", or of a folder that has both.
+        image_size: side, or (height, width), in pixels at which to judge instead of the weights'
+            own; the position embedding is resized.
+        crop_fraction: share of the resized picture to keep instead of the weights' own.
+        which: entry of the authors' file.
+        precision: "bfloat16" runs the model under autocast.
         device: "auto" takes the GPU when there is one.
         batch_size: pictures that go through the model at once.
         num_workers: processes that read pictures beside this one.
@@ -73,35 +169,82 @@ def evaluate(
         ValueError: the classes of both disagree, or either is damaged.
         BatchTooLargeError: a batch does not fit into memory.
     """
-    classifier = Classifier.load(weights, device=device)
+    classifier = Classifier.load(weights, device=device, which=which)
+    preprocessing = classifier.preprocessing
+    if image_size is not None:
+        preprocessing = replace(preprocessing, image_size=image_size)
+    if crop_fraction is not None:
+        preprocessing = replace(preprocessing, crop_fraction=crop_fraction)
     images = open_images(data, split=split, on_unreadable=on_unreadable, max_pixels=max_pixels)
     if images.class_names != classifier.class_names:
         raise ValueError(
             _class_difference(weights, data, classifier.class_names, images.class_names)
         )
     batches = EvalBatches(
-        images, classifier.preprocessing.build(), batch_size=batch_size, num_workers=num_workers
+        images, preprocessing.build(), batch_size=batch_size, num_workers=num_workers
     )
-    first: list[Tensor] = []
-    first_five: list[Tensor] = []
-    with torch.inference_mode(), explain_out_of_memory(batch_size):
+    rows: list[Tensor] = []  # (B, 4): label, prediction, right, among the first five
+    model_seconds: list[float] = []
+    started = time.perf_counter()
+    on = classifier.device
+    with (
+        torch.inference_mode(),
+        explain_out_of_memory(batch_size),
+        torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
         for batch in batches:
-            logits = classifier.model(batch.images.to(classifier.device)).float().cpu()
-            hit = hits(logits, batch.labels)
-            first.append(hit[0])
-            first_five.append(hit[1])
-    is_first, labels = torch.cat(first).double(), torch.tensor(images.labels)
+            inputs = batch.images.to(on)
+            before = _clock(on)
+            logits = classifier.model(inputs).float()
+            model_seconds.append(_clock(on) - before)
+            judged = (batch.labels, logits.argmax(dim=-1).cpu(), *hits(logits.cpu(), batch.labels))
+            rows.append(torch.stack(judged, dim=1)[batch.labels != PADDING])
+    seconds = time.perf_counter() - started
+    labels, predicted, is_first, is_among_five = torch.cat(rows).unbind(dim=1)
+    num_images = len(labels)
+    if not num_images:
+        raise ValueError(
+            f"none of the {len(images)} images of {data} can be opened; the first: "
+            f"{batches.unreadable[0]}"
+        )
+    counts = _confusion(labels, predicted, len(images.class_names))
+    warm_seconds = sum(model_seconds[1:]) or model_seconds[0]
+    num_warm = sum(map(len, rows[1:])) or num_images
     return Evaluation(
-        accuracy=is_first.mean().item(),
-        top5_accuracy=torch.cat(first_five).double().mean().item(),
+        accuracy=is_first.double().mean().item(),
+        top5_accuracy=is_among_five.double().mean().item(),
         per_class={
-            name: is_first[labels == label].mean().item()
-            for label, name in enumerate(images.class_names)
-            if bool((labels == label).any())
+            name: float(row[index] / row.sum())
+            for index, (name, row) in enumerate(zip(images.class_names, counts, strict=True))
+            if row.sum()
         },
-        num_images=len(images),
-        unreadable=images.unreadable,
+        num_images=num_images,
+        image_size=preprocessing.size,
+        crop_fraction=preprocessing.crop_fraction,
+        images_per_second=round(num_images / seconds, 1),
+        model_images_per_second=round(num_warm / warm_seconds, 1),
+        class_names=images.class_names,
+        confusion=counts,
+        unreadable=(*images.unreadable, *batches.unreadable),
     )
+
+
+def _confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> NDArray[np.int64]:
+    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    matrix: NDArray[np.int64] = counts.reshape(num_classes, num_classes).numpy()
+    return matrix
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _csv(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _class_difference(
