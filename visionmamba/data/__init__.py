@@ -5,6 +5,7 @@ from visionmamba.data.image_files import (
     MAX_PIXELS,
     UnreadableImageError,
     as_upright_eight_bit,
+    decode_image,
     open_image,
 )
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
@@ -20,6 +21,7 @@ from visionmamba.data.sets import (
     open_images,
     split_readable,
 )
+from visionmamba.data.shards import WebShards
 from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocessing
 
 __all__ = [
@@ -40,7 +42,9 @@ __all__ = [
     "Preprocessing",
     "TrainBatches",
     "UnreadableImageError",
+    "WebShards",
     "as_upright_eight_bit",
+    "decode_image",
     "derive_seed",
     "explain_out_of_memory",
     "image_files_in",

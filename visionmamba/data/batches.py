@@ -145,7 +145,7 @@ class TrainBatches:
 
     def _rest_of_epoch(self) -> Iterator[list["_Place"]]:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, _ORDER, self._epoch))
-        order = torch.randperm(len(self._samples), generator=generator)
+        order = self._samples.images.order(generator)
         size = self._batch_size * self._num_ranks
         for start in range(self._num_samples, self._epoch_samples - size + 1, size):
             numbers = range(start + self._rank, start + size, self._num_ranks)
@@ -234,23 +234,23 @@ class _Samples(Dataset[_Sample | _Failure]):
     """Transformed pictures; with a seed, the changes of each follow from (seed, place)."""
 
     def __init__(self, images: ImageSet, transform: ImageTransform, *, seed: int | None) -> None:
-        self._images = images
+        self.images = images
         self._transform = transform
         self._seed = seed
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def __getitem__(self, place: _Place) -> _Sample | _Failure:
         if self._seed is None:
             return self._unchanged(place.sample)
         unreadable: list[str] = []
         for offset in range(_MAX_REPLACEMENTS):
-            index = (place.sample + offset) % len(self._images)
+            index = (place.sample + offset) % len(self.images)
             try:
-                image = self._images.image(index)
+                image = self.images.image(index)
             except (UnreadableImageError, FileNotFoundError) as error:
-                if self._images.on_unreadable == "fail":
+                if self.images.on_unreadable == "fail":
                     return _Failure(_left_out_hint(error))
                 unreadable.append(str(error))
                 continue
@@ -258,7 +258,7 @@ class _Samples(Dataset[_Sample | _Failure]):
             seed = derive_seed(self._seed, _CHANGES, place.epoch, place.sample, *parts)
             with _seeded(seed):
                 changed = self._transform(image)
-            return _Sample(changed, self._images.labels[index], index, tuple(unreadable))
+            return _Sample(changed, self.images.labels[index], index, tuple(unreadable))
         return _Failure(
             f"{_MAX_REPLACEMENTS} images in a row cannot be opened; the first: {unreadable[0]}"
         )
@@ -267,12 +267,12 @@ class _Samples(Dataset[_Sample | _Failure]):
         if index == PADDING:
             return self._padding()
         try:
-            image = self._images.image(index)
+            image = self.images.image(index)
         except (UnreadableImageError, FileNotFoundError) as error:
-            if self._images.on_unreadable == "fail":
+            if self.images.on_unreadable == "fail":
                 return _Failure(_left_out_hint(error))
             return self._padding(str(error))
-        return _Sample(self._transform(image), self._images.labels[index], index)
+        return _Sample(self._transform(image), self.images.labels[index], index)
 
     def _padding(self, *unreadable: str) -> _Sample:
         preprocessing = self._transform.preprocessing

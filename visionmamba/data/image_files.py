@@ -1,5 +1,6 @@
 """Opening image files: the one place where bytes become a picture, or are refused."""
 
+import io
 import struct
 import threading
 import warnings
@@ -49,32 +50,50 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         raise FileNotFoundError(f"there is no image {path}; check the path")
     if path.is_dir():
         raise UnreadableImageError(f"{path} is a folder, not an image; give the files in it")
+    return _open(path, path, max_pixels)
+
+
+def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns the picture in an encoded file's bytes, as `open_image` does.
+
+    Args:
+        content: JPEG, PNG, WebP or another known format.
+        name: what messages call it.
+        max_pixels: width times height beyond which it is refused before it is decoded.
+
+    Raises:
+        UnreadableImageError: as for `open_image`.
+    """
+    return _open(io.BytesIO(content), name, max_pixels)
+
+
+def _open(source: Path | io.BytesIO, name: str | Path, max_pixels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings(), _without_pillow_limit(), Image.open(path) as image:
+        with warnings.catch_warnings(), _without_pillow_limit(), Image.open(source) as image:
             # damaged EXIF and the like: Pillow warns and carries on, and so do we
             warnings.filterwarnings("ignore", module="PIL")
             width, height = image.size
             if width * height > max_pixels:
                 raise UnreadableImageError(
-                    f"{path} would decompress to {width}x{height} = {width * height} pixels, "
+                    f"{name} would decompress to {width}x{height} = {width * height} pixels, "
                     "more than the limit "
                     f"of {max_pixels}; raise max_pixels if you trust the file"
                 )
             image.load()
-            return as_upright_eight_bit(image, path)
+            return as_upright_eight_bit(image, name)
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
         raise UnreadableImageError(
-            f"{path} is not an image in any known format, whatever its name says; remove or "
+            f"{name} is not an image in any known format, whatever its name says; remove or "
             "replace it"
         ) from None
     except _DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise UnreadableImageError(f"{path} cannot be read: {error.strerror}") from error
+            raise UnreadableImageError(f"{name} cannot be read: {error.strerror}") from error
         reason = str(error).strip().rstrip(".") or type(error).__name__
         raise UnreadableImageError(
-            f"{path} is damaged or cut short ({reason}); remove it or copy it again"
+            f"{name} is damaged or cut short ({reason}); remove it or copy it again"
         ) from error
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from visionmamba.data.image_files import (
     IMAGE_SUFFIXES,
@@ -51,6 +53,9 @@ class ImageSet(Protocol):
 
     def file(self, index: int) -> Path | None:
         """File of picture `index`; None for pictures that come from no file."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Returns (num_images,) int64: the order of an epoch of training."""
 
 
 class ImageSplits(NamedTuple):
@@ -150,6 +155,10 @@ class FileImages:
         """File of picture `index`."""
         return self.files[index]
 
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Returns (num_images,) int64: any order, all equally probable."""
+        return torch.randperm(len(self), generator=generator)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayImages:
@@ -172,6 +181,10 @@ class ArrayImages:
     def file(self, index: int) -> Path | None:
         """None: these pictures come from no file."""
         return None
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Returns (num_images,) int64: any order, all equally probable."""
+        return torch.randperm(len(self), generator=generator)
 
 
 def open_class_folders(
