@@ -410,7 +410,7 @@ def test_training_reports_how_many_images_it_left_out(
     assert main([*given, "--data.on-unreadable", "skip"]) == 0
     sentence = complaint(capsys)
     assert sentence == f"unreadable images left out: 1; {out / 'results.json'} lists them"
-    unreadable = json.loads((out / "results.json").read_text())["data"]["unreadable"]["train"]
+    unreadable = json.loads((out / "results.json").read_text())["unreadable"]["train"]
     assert "cat/1.png is not an image" in unreadable[0]
 
 

@@ -55,8 +55,8 @@ def read_order(order: Path) -> dict[int, str]:
 class _WatchedRecipe(Recipe):
     """The same run as the recipe it is made from, with its batches noted down."""
 
-    def build(self, *, num_workers: int = 0) -> Experiment:
-        experiment = super().build(num_workers=num_workers)
+    def build(self, *, num_workers: int = 0, rank: int = 0, num_ranks: int = 1) -> Experiment:
+        experiment = super().build(num_workers=num_workers, rank=rank, num_ranks=num_ranks)
         return replace(experiment, train_batches=_WatchedBatches(experiment.train_batches))
 
 
@@ -71,6 +71,11 @@ class _WatchedBatches:
     def __len__(self) -> int:
         return len(self._batches)
 
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        unreadable: tuple[str, ...] = self._batches.unreadable
+        return unreadable
+
     def state_dict(self) -> dict[str, int]:
         state: dict[str, int] = self._batches.state_dict()
         return state
@@ -84,7 +89,7 @@ class _WatchedBatches:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
             place = self._batches.state_dict()
-            number = place["epoch"] * len(self) + place["num_done"] - 1
+            number = place["epoch"] * len(self) + place["num_samples"] // 128 - 1
             if number == self.death.at_batch:
                 os.kill(os.getpid(), signal.SIGKILL)
             with open(self.order, "a") as order:

@@ -71,7 +71,10 @@ def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
         ({"warmup_epochs": -1.0}, "warmup_epochs must be at least 0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"clip_norm": 0.0}, "clip_norm must be positive or None"),
-        ({"accumulate_batches": 0}, "accumulate_batches must be at least 1"),
+        ({"layer_decay": 1.5}, "layer_decay must be above 0, at most 1, or None"),
+        ({"warmup_lr": 1.0}, "warmup_lr must lie between 0 and lr=0.001, got 1.0"),
+        ({"min_lr": 1.0}, "min_lr must lie between 0 and lr=0.001, got 1.0"),
+        ({"eps": 0.0}, "eps must be positive"),
     ],
 )
 def test_wrong_value_is_refused(options: dict[str, float], message: str) -> None:

@@ -1,6 +1,7 @@
 """Recipe: everything that decides the result of a classification run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from visionmamba.data import (
@@ -9,10 +10,13 @@ from visionmamba.data import (
     EvalBatches,
     ImageFolder,
     ImageSplits,
+    Mixing,
     Preprocessing,
     TrainBatches,
 )
-from visionmamba.models import DeiTConfig, VimConfig
+from visionmamba.models import DeiT, DeiTConfig, Vim, VimConfig
+from visionmamba.models.hub import find_weights
+from visionmamba.models.weights import config_of, load_strictly, read_header, read_tensors
 from visionmamba.tasks import ClassificationTask
 from visionmamba.training import Experiment, OptimizerConfig, Precision
 
@@ -36,20 +40,39 @@ class Recipe:
     epochs: int
     """Passes over the training pictures."""
     batch_size: int
-    """Pictures in a batch, in training and in validation."""
+    """Pictures of an optimizer step, over all devices and passes."""
+    device_batch_size: int | None = None
+    """Pictures that one device takes at once, in training and in validation; None gives each its
+    share of batch_size. With less, several passes make a step. Changes no more than rounding."""
+    weights: Path | str | None = None
+    """Weights to start from: a file or folder of this package, the authors' .pth, or a published
+    name. They are fitted to the model: another number of classes gets a new head, another image
+    size or stride a resized position embedding."""
+    mixing: Mixing = field(default_factory=Mixing)
+    """Mixup and CutMix of the training batches."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
+    ema_decay: float | None = None
+    """Decay a step of a moving average of the weights, which is judged and kept beside them; None
+    keeps none."""
     precision: Precision = "float32"
     """"bfloat16" runs forward and backward under autocast; weights stay float32."""
+    compile: bool = False
+    """Runs every block through torch.compile."""
     log_every_steps: int = 10
     """Distance of the training rows in metrics.csv."""
     seed: int = 0
     """Seed of the initial weights, the order, the changes of the pictures and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "device_batch_size", "log_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay must lie between 0 and 1, or be None, got {self.ema_decay}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if _pair(self.model.image_size) != self.preprocessing.size:
@@ -64,43 +87,105 @@ class Recipe:
                 f"{self.preprocessing.num_channels}; set both"
             )
 
-    def build(self, *, num_workers: int = 0) -> Experiment:
+    def build(self, *, num_workers: int = 0, rank: int = 0, num_ranks: int = 1) -> Experiment:
         """Reads the data and makes the model; its weights come from torch's global generator.
 
+        Args:
+            num_workers: processes that prepare images beside this one.
+            rank: number of this process.
+            num_ranks: processes that share each step.
+
         Raises:
-            FileNotFoundError: the data are missing.
-            ValueError: the data are empty, their classes disagree, or they are less than a batch.
+            FileNotFoundError: the data or the weights are missing.
+            ValueError: the data are empty, their classes disagree, they are less than a batch, the
+                batch cannot be shared so, or the weights do not fit.
         """
+        device_batch_size, passes = self.shares(num_ranks)
         splits = self.data.build()
         class_names = splits.train.class_names
-        model = replace(self.model, num_classes=len(class_names)).build()
+        config = replace(self.model, num_classes=len(class_names))
         return Experiment(
             task=ClassificationTask(
-                model,
+                config.build() if self.weights is None else _start_from(self.weights, config),
                 class_names=class_names,
                 preprocessing=self.preprocessing,
                 label_smoothing=self.label_smoothing,
+                mixing=self.mixing,
             ),
             train_batches=TrainBatches(
                 splits.train,
                 self.preprocessing.build(self.augmentation),
-                batch_size=self.batch_size,
+                batch_size=device_batch_size,
                 seed=self.seed,
                 num_workers=num_workers,
+                rank=rank,
+                num_ranks=num_ranks,
+                repeats=self.augmentation.repeats,
+                batches_per_step=passes,
             ),
             val_batches=EvalBatches(
                 splits.val,
                 self.preprocessing.build(),
-                batch_size=self.batch_size,
+                batch_size=device_batch_size,
                 num_workers=num_workers,
+                rank=rank,
+                num_ranks=num_ranks,
             ),
             optimizer=self.optimizer,
             epochs=self.epochs,
             batch_size=self.batch_size,
+            passes_per_step=passes,
+            ema_decay=self.ema_decay,
+            compile_blocks=self.compile,
             precision=self.precision,
             log_every_steps=self.log_every_steps,
             data_summary=_summary(splits),
         )
+
+    def shares(self, num_devices: int) -> tuple[int, int]:
+        """Returns pictures of a device's pass and passes of a step.
+
+        Raises:
+            ValueError: they do not make up batch_size.
+        """
+        if self.device_batch_size is None:
+            if self.batch_size % num_devices:
+                raise ValueError(
+                    f"batch_size={self.batch_size} cannot be shared equally by {num_devices} "
+                    f"devices; make it a multiple of {num_devices}"
+                )
+            return self.batch_size // num_devices, 1
+        at_once = self.device_batch_size * num_devices
+        if self.batch_size % at_once:
+            raise ValueError(
+                f"batch_size={self.batch_size} is no multiple of {at_once}, which {num_devices} "
+                f"devices take at once with device_batch_size={self.device_batch_size}; change one "
+                "of them"
+            )
+        return self.device_batch_size, self.batch_size // at_once
+
+
+def _start_from(weights: Path | str, config: VimConfig | DeiTConfig) -> Vim | DeiT:
+    """Returns a model with the weights fitted to the configuration, in training mode."""
+    if isinstance(config, VimConfig):
+        options = {item.name: getattr(config, item.name) for item in fields(config)}
+        return Vim.from_pretrained(weights, **options).train()
+    path = find_weights(weights)
+    held = config_of(read_header(path), path)
+    if not isinstance(held, DeiTConfig):
+        raise ValueError(f"{weights} holds a Vim and the recipe's model is a DeiT; change one")
+    if held.image_size != config.image_size:
+        raise ValueError(
+            f"{weights} is for images of {held.image_size} and the recipe's DeiT for "
+            f"{config.image_size}; make them equal"
+        )
+    model = config.build()
+    state = read_tensors(path)
+    if held.num_classes != config.num_classes:
+        own = model.state_dict()
+        state |= {name: own[name] for name in ("head.weight", "head.bias")}
+    load_strictly(model, state, path)
+    return model
 
 
 def _summary(splits: ImageSplits) -> dict[str, Any]:
@@ -108,10 +193,6 @@ def _summary(splits: ImageSplits) -> dict[str, Any]:
         "train_images": len(splits.train),
         "val_images": len(splits.val),
         "class_names": list(splits.train.class_names),
-        "unreadable": {
-            "train": list(splits.train.unreadable),
-            "val": list(splits.val.unreadable),
-        },
     }
 
 

@@ -47,8 +47,6 @@ class ClassificationTask(nn.Module):
         self.preprocessing = preprocessing
         self.label_smoothing = label_smoothing
         self.mixing = mixing or Mixing()
-        self._sums: Tensor
-        self.register_buffer("_sums", torch.zeros(4), persistent=False)
 
     def training_loss(self, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of a batch, a float32 scalar."""
@@ -58,24 +56,20 @@ class ClassificationTask(nn.Module):
         logits = self.model(images).float()
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
-    def add_to_validation(self, batch: Batch) -> None:
-        """Counts a batch into the metrics, rows of padding left out."""
+    def validation_sums(self, batch: Batch) -> Tensor:
+        """Returns what a batch adds to the metrics, (4,) float32, rows of padding left out.
+
+        Sums over batches and over ranks are added; `validation_metrics` reads the total.
+        """
         logits = self.model(batch.images).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="sum", ignore_index=PADDING)
         first, first_five = hits(logits, batch.labels)
         num_seen = (batch.labels != PADDING).sum()
-        self._sums += torch.stack([loss, first.sum(), first_five.sum(), num_seen])
+        return torch.stack([loss, first.sum(), first_five.sum(), num_seen])
 
-    def validation_metrics(self) -> dict[str, float]:
-        """Returns the metrics of everything counted, by `metric_names`, and starts anew.
-
-        Where torch.distributed is initialised, they are those of all ranks together, each of which
-        must call this.
-        """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._sums)
-        *totals, num_seen = self._sums.tolist()
-        self._sums.zero_()
+    def validation_metrics(self, sums: Tensor) -> dict[str, float]:
+        """Returns the metrics, by `metric_names`, of the sum of some `validation_sums`."""
+        *totals, num_seen = sums.tolist()
         means = [total / max(num_seen, 1) for total in totals]
         return dict(zip(self.metric_names, means, strict=True))
 

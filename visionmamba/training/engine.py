@@ -1,53 +1,124 @@
-"""The training loop of any task, on pytorch-lightning: steps, randomness, records, interruption."""
+"""The training steps of any task, on pytorch-lightning: randomness, gradients, non-finite values.
 
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
+What is written when is in recorder.py.
+"""
+
+import math
+import random
+from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import pytorch_lightning as lightning
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
 from visionmamba.data import derive_seed
+from visionmamba.training.average import MovingAverage
 from visionmamba.training.experiment import Experiment, NonFiniteError
-from visionmamba.training.metrics import MetricsFile
+from visionmamba.training.graphs import graph_forward
+from visionmamba.training.sharding import local, shard, whole
+from visionmamba.training.stopping import StopRequest
+from visionmamba.training.world import World
 
 STATE_KEY = "visionmamba"
 """Entry of a checkpoint that holds the state of the run beside that of the model."""
 
 _STEP_RANDOMNESS = 2  # a purpose of derive_seed; data/ uses 0 and 1
+_REMEDY = "lower optimizer.lr, or set optimizer.clip_norm"
 
 
 class Engine(lightning.LightningModule):
     """Runs the steps of an experiment; each has its own seed, made of (seed, number of batch)."""
 
-    def __init__(self, experiment: Experiment, *, seed: int) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        seed: int,
+        world: World,
+        stop: StopRequest,
+        is_sharded: bool,
+        uses_graphs: bool,
+    ) -> None:
         super().__init__()
         self._experiment = experiment
         self._seed = seed
+        self._world = world
+        self._stop = stop
+        self._is_sharded = is_sharded
+        self._uses_graphs = uses_graphs
+        self._is_configured = False
+        self._undo_graphs: Callable[[], None] | None = None
         self.task = cast(nn.Module, experiment.task)
         self._task = experiment.task
-        self._step_values: dict[str, float | Tensor] = {}
+        self.average: MovingAverage | None = None
+        if experiment.ema_decay is not None:
+            self.average = MovingAverage(self._task.model, decay=experiment.ema_decay)
+        self._loaded_average: dict[str, Tensor] | None = None
+        self._loss: Tensor | None = None
+        self._batch: Any = None
+        self._sums: dict[str, Tensor] = {}
+        self.step_values: dict[str, float] = {}
+        """train_loss (mean over passes and processes), gradient_norm and lr of the last step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return len(self._experiment.train_batches) // self._experiment.passes_per_step
+
+    @override
+    def configure_model(self) -> None:
+        if self._is_configured:
+            return
+        self._is_configured = True
+        model = self._task.model
+        if self._experiment.compile_blocks:
+            for block in model.get_submodule("blocks").children():
+                block.compile()
+        if self._is_sharded:
+            assert self.device_mesh is not None
+            shard(model, self.device_mesh["data_parallel"])
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        config = self._experiment.optimizer
-        steps_per_epoch = -(-len(self._experiment.train_batches) // config.accumulate_batches)
-        optimizer, schedule = config.build(
-            self._task.model, steps_per_epoch=steps_per_epoch, epochs=self._experiment.epochs
+        optimizer, schedule = self._experiment.optimizer.build(
+            self._task.model, steps_per_epoch=self.steps_per_epoch, epochs=self._experiment.epochs
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint[STATE_KEY]
+        self._loaded_average = state["average"]
+        _rescale_passes(checkpoint, state["passes_per_step"], self._experiment.passes_per_step)
+        for group in checkpoint["optimizer_states"][0]["param_groups"]:
+            group["fused"] = True if self.trainer.strategy.root_device.type == "cuda" else None
+
+    @override
+    def on_train_start(self) -> None:
+        self.begin_average()
+        if self._uses_graphs:
+            self._undo_graphs = graph_forward(
+                self._task.model, copies_gradients=self._experiment.passes_per_step > 1
+            )
+
+    def begin_average(self) -> None:
+        """Starts the moving average, from the checkpoint if there is one, unless it has begun."""
+        if self.average is not None:
+            self.average.begin(self._loaded_average)
+            self._loaded_average = None
+
+    def release_graphs(self) -> None:
+        """Gives the model its own forward back."""
+        if self._undo_graphs is not None:
+            self._undo_graphs()
+            self._undo_graphs = None
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -56,12 +127,9 @@ class Engine(lightning.LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self._task.training_loss(batch)
-        if not torch.isfinite(loss):
-            self._seed_batch(batch_idx)
-            raise NonFiniteError(
-                f"{self._where()} the loss is {loss.item()}; {self._first_bad(batch)}; {_REMEDY}"
-            )
-        self._step_values["train_loss"] = loss.detach()
+        self._batch = batch, batch_idx
+        detached = loss.detach()
+        self._loss = detached if self._loss is None else self._loss + detached
         return loss
 
     @override
@@ -73,43 +141,89 @@ class Engine(lightning.LightningModule):
     ) -> None:
         parameters = [p for p in self._task.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
-        if not torch.isfinite(norm):
-            bad_names = (
-                name
-                for name, parameter in self._task.model.named_parameters()
-                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-            )
-            name = next(bad_names, "the norm of all together")
+        assert self._loss is not None
+        share = 1 / (self._experiment.passes_per_step * self._world.size)
+        shared = torch.stack([self._loss * share, self._loss.new_tensor(self._stop.is_made)])
+        self._loss = None
+        self._world.sum(shared)
+        # the only wait for the device in a step
+        loss, num_stops, norm_value = torch.cat([shared, whole(norm).reshape(1)]).tolist()
+        self._stop.agree(num_stops > 0)
+        if not math.isfinite(loss):
             raise NonFiniteError(
-                f"{self._where()} the gradient is not finite, first in {name}; {_REMEDY}"
+                f"{self._where()} the loss is {loss}; {self._first_bad()}; {_REMEDY}"
+            )
+        if not math.isfinite(norm_value):
+            raise NonFiniteError(
+                f"{self._where()} the gradient is not finite, first in "
+                f"{self._first_bad_gradient()}; {_REMEDY}"
             )
         clip_norm = self._experiment.optimizer.clip_norm
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-        self._step_values["gradient_norm"] = norm
-        self._step_values["lr"] = optimizer.param_groups[0]["lr"]
+        self.step_values = {
+            "train_loss": loss,
+            "gradient_norm": norm_value,
+            "lr": max(group["lr"] for group in optimizer.param_groups),
+        }
+
+    @override
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.average is not None:
+            self.average.update()
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._sums = {}
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._task.add_to_validation(batch)
+        self._add("", self._task.validation_sums(batch))
+        if self.average is not None:
+            with self.average.in_model():
+                self._add("_ema", self._task.validation_sums(batch))
 
-    def step_values(self) -> dict[str, float]:
-        """Returns train_loss, gradient_norm and lr of the last step."""
-        return {name: float(value) for name, value in self._step_values.items()}
+    def validation_metrics(self) -> dict[str, float]:
+        """Returns the metrics over all processes, each of which must call this once."""
+        metrics: dict[str, float] = {}
+        for ending, sums in self._sums.items():
+            values = self._task.validation_metrics(self._world.sum(sums))
+            metrics |= {f"{name}{ending}": value for name, value in values.items()}
+        return metrics
+
+    def _add(self, ending: str, sums: Tensor) -> None:
+        self._sums[ending] = self._sums[ending] + sums if ending in self._sums else sums
 
     def _seed_batch(self, batch_idx: int) -> None:
         number = self.current_epoch * len(self._experiment.train_batches) + batch_idx
-        torch.manual_seed(derive_seed(self._seed, _STEP_RANDOMNESS, number))
+        rank = (self._world.rank,) if self._world.rank else ()
+        seed = derive_seed(self._seed, _STEP_RANDOMNESS, number, *rank)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
 
     def _where(self) -> str:
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        lr = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         return f"training stopped at step {self.global_step + 1} with learning rate {lr:.3g}:"
 
-    def _first_bad(self, batch: Any) -> str:
-        """Returns which parameter is not finite, or else where such a value first appears."""
-        for name, parameter in self._task.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                return f"its first parameter that is not finite is {name}"
+    def _first_bad(self) -> str:
+        """Returns which parameter is not finite, or else where such a value first appears.
+
+        All processes come here together and return the same.
+        """
+        name = self._first_not_finite(dict(self._task.model.named_parameters()))
+        if name is not None:
+            return f"its first parameter that is not finite is {name}"
+        self.release_graphs()
+        batch, batch_idx = self._batch
+        self._seed_batch(batch_idx)
         found: list[str] = []
         handles = [
             module.register_forward_hook(_note_bad_output(name, found))
@@ -117,17 +231,37 @@ class Engine(lightning.LightningModule):
             if name
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 self._task.training_loss(batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return (
-            f"it first appears in layer {found[0]}" if found else "every layer's output is finite"
-        )
+        everywhere = self._world.gather(found[0] if found else None)
+        name = next((one for one in everywhere if one is not None), None)
+        return f"it first appears in layer {name}" if name else "every layer's output is finite"
+
+    def _first_bad_gradient(self) -> str:
+        gradients = {
+            name: parameter.grad
+            for name, parameter in self._task.model.named_parameters()
+            if parameter.grad is not None
+        }
+        return self._first_not_finite(gradients) or "the norm of all together"
+
+    def _first_not_finite(self, named: dict[str, Any]) -> str | None:
+        bad = [(~torch.isfinite(local(tensor)).all()).float() for tensor in named.values()]
+        counts = self._world.sum(torch.stack(bad)).tolist()
+        return next((name for name, count in zip(named, counts, strict=True) if count), None)
 
 
-_REMEDY = "lower optimizer.lr, or set optimizer.clip_norm"
+def _rescale_passes(checkpoint: dict[str, Any], former: int, current: int) -> None:
+    """Makes the loop's counts of passes those of another number of passes a step."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["current"], progress["total"]):
+        ready = counts["ready"]
+        shift = ready // former * current - ready
+        for name in ("ready", "started", "processed", "completed"):
+            counts[name] += shift
 
 
 def _note_bad_output(name: str, found: list[str]) -> Any:
@@ -138,161 +272,3 @@ def _note_bad_output(name: str, found: list[str]) -> Any:
                 found.append(name)
 
     return hook
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has done so, between two steps."""
-
-
-class StopRequest:
-    """Whether Ctrl-C or a termination signal has asked to stop; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.is_made = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes the signals over in its body; signals reach the main thread only."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in former:
-            signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_made:
-            raise KeyboardInterrupt
-        self.is_made = True
-
-
-class Recorder(lightning.Callback):
-    """Writes metrics, weights and checkpoints of a run into its folder.
-
-    The order makes every file agree with the checkpoint that follows: rows and best weights first.
-    No checkpoint is taken between the last step of an epoch and the end of its validation.
-    """
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        out: Path,
-        *,
-        checkpoint_every_steps: int,
-        identity: str,
-        state: dict[str, Any],
-        stop: StopRequest,
-    ) -> None:
-        """Takes the state of the run from its last checkpoint, or an empty one."""
-        self._experiment = experiment
-        self._task = experiment.task
-        self._out = out
-        self._checkpoint_every_steps = checkpoint_every_steps
-        self._identity = identity
-        self._stop = stop
-        self.saved_step: int = state.get("step", 0)
-        self._noted_step = self.saved_step
-        self._seconds_before: float = state.get("seconds", 0.0)
-        self._started = time.monotonic()
-        self.metrics: dict[str, float] = state.get("metrics", {})
-        self.best: dict[str, float] = state.get("best", {})
-        self._file = MetricsFile(
-            out / "metrics.csv",
-            metric_names=experiment.task.metric_names,
-            last_step=self.saved_step,
-        )
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds of the run, over all its pieces up to their checkpoints."""
-        return self._seconds_before + time.monotonic() - self._started
-
-    @override
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        self._started = time.monotonic()
-
-    @override
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        step = trainer.global_step
-        if step == self._noted_step:
-            return  # gradients are still being accumulated
-        self._noted_step = step
-        if step % self._experiment.log_every_steps == 0:
-            self._write(trainer, cast(Engine, pl_module).step_values())
-        if batch_idx + 1 == len(self._experiment.train_batches):
-            return
-        if self._stop.is_made or step % self._checkpoint_every_steps == 0:
-            self._save(trainer)
-        self._stop_if_asked()
-
-    @override
-    def on_validation_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._stop_if_asked()
-
-    @override
-    def on_validation_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        self.metrics = self._task.validation_metrics()
-        self._write(trainer, self.metrics)
-        monitor = self._task.monitor
-        if not self.best or self.metrics[monitor] > self.best[monitor]:
-            self.best = {"epoch": trainer.current_epoch + 1, **self.metrics}
-            self._task.save_weights(self._out / "best.safetensors")
-
-    @override
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        self._save(trainer)
-        if trainer.current_epoch + 1 < self._experiment.epochs:
-            self._stop_if_asked()
-
-    @override
-    def on_save_checkpoint(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        checkpoint[STATE_KEY] = {
-            "identity": self._identity,
-            "step": trainer.global_step,
-            "seconds": self.seconds,
-            "metrics": self.metrics,
-            "best": self.best,
-        }
-
-    def _write(self, trainer: lightning.Trainer, values: dict[str, float]) -> None:
-        step, epoch = trainer.global_step, trainer.current_epoch + 1
-        self._file.append({"step": step, "epoch": epoch, **values})
-        cast(TensorBoardLogger, trainer.logger).log_metrics({"epoch": epoch, **values}, step)
-
-    def _save(self, trainer: lightning.Trainer) -> None:
-        trainer.save_checkpoint(self._out / "last.ckpt")
-        self.saved_step = trainer.global_step
-
-    def _stop_if_asked(self) -> None:
-        if self._stop.is_made:
-            raise Interrupted

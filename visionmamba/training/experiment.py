@@ -32,11 +32,11 @@ class Task(Protocol):
     def training_loss(self, batch: Any) -> Tensor:
         """Returns the scalar loss of a batch."""
 
-    def add_to_validation(self, batch: Any) -> None:
-        """Counts a batch into the metrics."""
+    def validation_sums(self, batch: Any) -> Tensor:
+        """Returns a 1-D tensor, whose sum over batches and processes makes up the metrics."""
 
-    def validation_metrics(self) -> dict[str, float]:
-        """Returns the metrics of everything counted, and starts anew."""
+    def validation_metrics(self, sums: Tensor) -> dict[str, float]:
+        """Returns the metrics, by metric_names, of the sum of some `validation_sums`."""
 
     def save_weights(self, path: Path) -> None:
         """Writes the model's weights with all that its predictor needs."""
@@ -44,6 +44,10 @@ class Task(Protocol):
 
 class EpochBatches(Protocol):
     """Training batches, epoch after epoch, resumable after any batch."""
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Why files of this process's share were left out or replaced, one sentence each."""
 
     def __len__(self) -> int: ...
 
@@ -60,7 +64,11 @@ class EpochBatches(Protocol):
 
 
 class Batches(Protocol):
-    """Validation batches, the same ones at every pass."""
+    """Validation batches, the same ones at every pass, equally many on each process."""
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Why files of this process's share were left out, one sentence each."""
 
     def __len__(self) -> int: ...
 
@@ -82,7 +90,13 @@ class Experiment:
     epochs: int
     """Passes over the training data."""
     batch_size: int
-    """Examples in a batch; for messages and for examples per second."""
+    """Examples of an optimizer step, over all processes and passes."""
+    passes_per_step: int
+    """Batches of each process whose gradients are averaged into one step."""
+    ema_decay: float | None
+    """Decay a step of the moving average of the weights; None keeps none."""
+    compile_blocks: bool
+    """Whether the model's blocks go through torch.compile."""
     precision: Precision
     """Arithmetic of the forward and backward pass."""
     log_every_steps: int
@@ -102,5 +116,11 @@ class Recipe(Protocol):
     def seed(self) -> int:
         """Seed of the initial weights and of everything random afterwards."""
 
-    def build(self, *, num_workers: int = 0) -> Experiment:
-        """Reads the data and makes the model; its weights come from torch's global generator."""
+    def build(self, *, num_workers: int = 0, rank: int = 0, num_ranks: int = 1) -> Experiment:
+        """Reads the data and makes the model; its weights come from torch's global generator.
+
+        Args:
+            num_workers: processes that prepare images beside this one.
+            rank: number of this process.
+            num_ranks: processes that share each step.
+        """

@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import random
 import shlex
 import shutil
 import sys
@@ -12,33 +13,44 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
+from torch import distributed
 
 from visionmamba import __version__
 from visionmamba.data import explain_out_of_memory
 from visionmamba.models.weights import resolve_device
 from visionmamba.training.experiment import Experiment, Recipe
+from visionmamba.training.world import World, device_of, find_world
 
 if TYPE_CHECKING:
-    from visionmamba.training.engine import Recorder
+    from visionmamba.training.recorder import Recorder
 
-CHECKPOINT = "last.ckpt"
+Strategy = Literal["auto", "ddp", "fsdp"]
+"""How several processes share the work of a step."""
+
 RESULTS = "results.json"
 _RECIPE = "recipe.json"
 _METRICS = "metrics.csv"
 _CURVES = "curves.png"
 _LOGS = "tensorboard"
-_OWN_FILES = (_RECIPE, _METRICS, _CURVES, "best.safetensors", "last.safetensors")
+_OWN_FILES = (
+    _RECIPE, _METRICS, _CURVES, "unreadable.txt",
+    "best.safetensors", "last.safetensors", "best_ema.safetensors", "last_ema.safetensors",
+)  # fmt: skip
+_MAY_DIFFER = ("device_batch_size", "compile")  # of a recipe whose run is taken up again
 _RESULT_FIELDS = (
-    "metrics", "best", "epochs", "steps", "seconds", "images_per_second", "parameters",
+    "metrics", "best", "best_ema", "epochs", "steps", "seconds", "images_per_second", "parameters",
 )  # fmt: skip
 _LIBRARY_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # pytorch-lightning asks torch for a class that torch has renamed; nothing a caller can do
     (r".*LeafSpec.* is deprecated", FutureWarning),
     # device="cpu" beside a GPU is a choice
     ("GPU available but not used", UserWarning),
+    # a sharded block hands the residual stream on; nothing is added to it in place in training
+    (r"FSDP2-wrapped module .* returned a view tensor", UserWarning),
 )
 _PACKAGES = ("torch", "torchvision", "timm", "pytorch-lightning", "numpy", "pillow")
 
@@ -53,6 +65,8 @@ class FitResult:
     """Validation metrics after the last epoch, by names that begin with "val_"."""
     best: dict[str, float]
     """The same, and "epoch", for the epoch whose weights are in best.safetensors."""
+    best_ema: dict[str, float]
+    """The same for best_ema.safetensors; empty when no moving average was kept."""
     epochs: int
     """Passes over the training data."""
     steps: int
@@ -60,7 +74,7 @@ class FitResult:
     seconds: float
     """Wall-clock time of training and validation, summed over interruptions."""
     images_per_second: float
-    """Training images per second of that time."""
+    """Training images per second of that time, over all devices."""
     parameters: int
     """Parameters of the model."""
     was_finished: bool = False
@@ -72,64 +86,90 @@ def fit(
     out: str | Path,
     *,
     device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: Strategy = "auto",
     num_workers: int = 0,
     checkpoint_every_steps: int = 50,
+    cuda_graphs: bool = True,
     progress: bool = True,
     command: str | None = None,
 ) -> FitResult:
     """Trains a recipe into a folder, or goes on where an interrupted run of it was left.
 
     The folder receives recipe.json, metrics.csv, tensorboard/, last.ckpt, best.safetensors,
-    last.safetensors, curves.png and, when all is done, results.json. On the CPU a run that was
-    killed and resumed gives bit for bit what an unbroken one gives.
+    last.safetensors, curves.png and, when all is done, results.json; best_ema.safetensors and
+    last_ema.safetensors when a moving average is kept; unreadable.txt when files were left out. On
+    the CPU a run that was killed and resumed gives bit for bit what an unbroken one gives. A run
+    can be resumed with another number of processes and another strategy.
+
+    Under torchrun or SLURM's srun each process calls fit; otherwise devices > 1 starts this command
+    line again for the others. The folder must be one that all machines see.
 
     Args:
         recipe: what to train.
         out: folder of the run; made when missing. A finished run in it is left as it is.
         device: "auto" (the GPU when there is one), "cpu", "cuda", "cuda:N".
-        num_workers: processes that prepare images beside this one; changes no result.
+        devices: processes of each machine, one a device; a launcher's number is taken by itself.
+        nodes: machines; a launcher's number is taken by itself.
+        strategy: how several processes share the work: "ddp" gives each the whole model, "fsdp"
+            shards weights, gradients and optimizer (FSDP2). "auto" is "ddp".
+        num_workers: processes that prepare images beside each of these; changes no result.
         checkpoint_every_steps: steps between checkpoints, beside the one after each epoch.
+        cuda_graphs: on one GPU record forward and backward once and replay them, which spares the
+            host; not with torch.compile.
         progress: show a bar.
         command: how to repeat the run, for results.json; by default the process's command line.
 
     Raises:
-        ValueError: the recipe does not fit its data, or differs from that of the run in the folder.
+        ValueError: the recipe does not fit its data or the devices, or differs from that of the run
+            in the folder.
         FileNotFoundError: the data are missing.
         ImportError: the packages of visionmamba[train] are missing.
         BatchTooLargeError: a batch does not fit into memory.
-        NonFiniteError: loss or gradient is not finite.
+        NonFiniteError: loss or gradient is not finite, on any process.
         KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint.
     """
     if checkpoint_every_steps < 1:
         raise ValueError(f"checkpoint_every_steps must be at least 1, got {checkpoint_every_steps}")
+    if strategy not in get_args(Strategy):
+        raise ValueError(f'strategy must be "auto", "ddp" or "fsdp", got {strategy!r}')
     out = Path(out)
+    world = find_world(devices=devices, nodes=nodes)
     _refuse_foreign_files(out)
-    target = resolve_device(device)
-    devices = [target] if target.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    target = device_of(world, resolve_device(device))
+    with _randomness_kept(target):
         torch.manual_seed(recipe.seed)
-        experiment = recipe.build(num_workers=num_workers)
+        experiment = recipe.build(num_workers=num_workers, rank=world.rank, num_ranks=world.size)
     identity = _identity(recipe, experiment)
     if (out / RESULTS).exists():
         return _finished(out, identity)
     _require_lightning()
+    from visionmamba.training.checkpoint import CHECKPOINT
+
     is_new = not (out / CHECKPOINT).exists()
     is_own_folder = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
+    had_group = distributed.is_available() and distributed.is_initialized()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with _randomness_kept(target):
             return _train(
                 experiment,
                 out,
                 recipe=recipe,
                 identity=identity,
                 device=target,
+                world=world,
+                strategy=strategy,
                 checkpoint_every_steps=checkpoint_every_steps,
+                cuda_graphs=cuda_graphs,
                 progress=progress,
                 command=command or shlex.join(sys.argv),
             )
     finally:
-        if is_new and not (out / CHECKPOINT).exists():
+        if world.size > 1 and not had_group and distributed.is_initialized():
+            distributed.destroy_process_group()
+        if world.is_main and is_new and not (out / CHECKPOINT).exists():
             _remove_leftovers(out, with_folder=is_own_folder)
 
 
@@ -140,7 +180,10 @@ def _train(
     recipe: Recipe,
     identity: dict[str, Any],
     device: torch.device,
+    world: World,
+    strategy: Strategy,
     checkpoint_every_steps: int,
+    cuda_graphs: bool,
     progress: bool,
     command: str,
 ) -> FitResult:
@@ -148,24 +191,30 @@ def _train(
     from pytorch_lightning.loggers import TensorBoardLogger
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from visionmamba.training.checkpoint import AtomicCheckpointIO, read_checkpoint, replace_json
-    from visionmamba.training.curves import draw_curves
-    from visionmamba.training.engine import (
-        STATE_KEY,
-        Engine,
-        Interrupted,
-        Recorder,
-        StopRequest,
+    from visionmamba.training.checkpoint import (
+        CHECKPOINT,
+        AtomicCheckpointIO,
+        read_checkpoint,
+        replace_json,
     )
+    from visionmamba.training.curves import draw_curves
+    from visionmamba.training.engine import STATE_KEY, Engine
+    from visionmamba.training.loader import LoaderTimes, TimedBatches
     from visionmamba.training.progress import ProgressBar
+    from visionmamba.training.recorder import Recorder
+    from visionmamba.training.stopping import Interrupted, StopRequest
 
     checkpoint = out / CHECKPOINT
     state: dict[str, Any] = {}
     if checkpoint.exists():
         state = read_checkpoint(checkpoint)[STATE_KEY]
         _refuse_other_recipe(out, json.loads(state["identity"]), identity)
-    replace_json(out / _RECIPE, identity)
-    stop = StopRequest()
+    if world.is_main:
+        replace_json(out / _RECIPE, identity)
+    stop = StopRequest(num_processes=world.size)
+    passes = experiment.passes_per_step
+    device_batch_size = experiment.batch_size // (world.size * passes)
+    times = LoaderTimes(**state.get("loader", {}))
     recorder = Recorder(
         experiment,
         out,
@@ -173,25 +222,43 @@ def _train(
         identity=json.dumps(identity),
         state=state,
         stop=stop,
+        world=world,
+        times=times,
     )
     callbacks: list[lightning.Callback] = [recorder]
-    if progress:
+    if progress and world.is_main:
         monitor = experiment.task.monitor
         bar = ProgressBar(recorder, title=recipe.name, epochs=experiment.epochs, monitor=monitor)
         callbacks.append(bar)
-    engine = Engine(experiment, seed=recipe.seed)
+    engine = Engine(
+        experiment,
+        seed=recipe.seed,
+        world=world,
+        stop=stop,
+        is_sharded=strategy == "fsdp",
+        uses_graphs=(
+            cuda_graphs
+            and device.type == "cuda"
+            and (world.size == 1 and strategy != "fsdp")
+            and not experiment.compile_blocks
+        ),
+    )
     with _quiet_lightning():
         trainer = lightning.Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
+            devices=_trainer_devices(world, device),
+            num_nodes=world.nodes,
+            strategy=_trainer_strategy(strategy, world, device),
+            use_distributed_sampler=False,
+            inference_mode=False,  # sharded weights gathered in it could not be trained on
             precision="32-true" if experiment.precision == "float32" else "bf16-mixed",
             max_epochs=experiment.epochs,
-            accumulate_grad_batches=experiment.optimizer.accumulate_batches,
+            accumulate_grad_batches=passes,
             logger=TensorBoardLogger(
                 out, name="", version=_LOGS, purge_step=state["step"] + 1 if state else None
             ),
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *_cluster(world)],
             default_root_dir=out,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -200,10 +267,12 @@ def _train(
             log_every_n_steps=1,
         )
         try:
-            with stop.listening(), explain_out_of_memory(experiment.batch_size):
+            with stop.listening(), explain_out_of_memory(device_batch_size):
                 trainer.fit(
                     engine,
-                    train_dataloaders=experiment.train_batches,
+                    train_dataloaders=TimedBatches(
+                        experiment.train_batches, batch_size=device_batch_size, times=times
+                    ),
                     val_dataloaders=experiment.val_batches,
                     ckpt_path=checkpoint if state else None,
                     weights_only=True,
@@ -211,12 +280,25 @@ def _train(
         except (Interrupted, SIGTERMException):
             where = f"step {recorder.saved_step} of {trainer.estimated_stepping_batches}"
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
-    experiment.task.save_weights(out / "last.safetensors")
-    draw_curves(out / _METRICS, out / _CURVES, monitor=experiment.task.monitor, title=recipe.name)
+        finally:
+            engine.release_graphs()
     result = _result(experiment, out, recorder, steps=trainer.global_step)
+    if not world.is_main:
+        return result
+    draw_curves(out / _METRICS, out / _CURVES, monitor=experiment.task.monitor, title=recipe.name)
     values = {name: getattr(result, name) for name in _RESULT_FIELDS}
     facts = {
         "device": str(device),
+        "world_size": world.size,
+        "nodes": world.nodes,
+        "strategy": "single" if world.size == 1 and strategy != "fsdp" else strategy,
+        "device_batch_size": device_batch_size,
+        "passes_per_step": passes,
+        "loader": {
+            "images_per_second": round(times.images_per_second * world.size, 1),
+            "waiting_share": round(times.waiting_share, 4),
+        },
+        "unreadable": recorder.unreadable,
         "threads": torch.get_num_threads(),
         "seed": recipe.seed,
         "command": command,
@@ -226,16 +308,45 @@ def _train(
     return result
 
 
+def _trainer_devices(world: World, device: torch.device) -> list[int] | int:
+    if world.size == 1 and device.type == "cuda":
+        return [device.index or 0]
+    return world.size // world.nodes
+
+
+def _trainer_strategy(strategy: Strategy, world: World, device: torch.device) -> Any:
+    """Returns how pytorch-lightning shares the work between the processes."""
+    from pytorch_lightning.strategies import DDPStrategy
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if strategy == "fsdp":
+        from visionmamba.training.sharding import ShardedStrategy
+
+        return ShardedStrategy(num_processes=world.size, process_group_backend=backend)
+    if world.size == 1:
+        return "auto"
+    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+
+
+def _cluster(world: World) -> list[Any]:
+    """Returns pytorch-lightning's view of SLURM, without its own way to requeue jobs."""
+    if world.launcher != "slurm":
+        return []
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return [SLURMEnvironment(auto_requeue=False)]
+
+
 def _result(experiment: Experiment, out: Path, recorder: "Recorder", *, steps: int) -> FitResult:
-    images = len(experiment.train_batches) * experiment.batch_size * experiment.epochs
     return FitResult(
         out=out,
         metrics=recorder.metrics,
         best=recorder.best,
+        best_ema=recorder.best_ema,
         epochs=experiment.epochs,
         steps=steps,
         seconds=round(recorder.seconds, 3),
-        images_per_second=round(images / recorder.seconds, 1),
+        images_per_second=round(steps * experiment.batch_size / recorder.seconds, 1),
         parameters=sum(p.numel() for p in experiment.task.model.parameters()),
     )
 
@@ -257,17 +368,26 @@ def _identity(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
 
 def _refuse_other_recipe(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     flat_there, flat_here = _flat(there), _flat(here)
-    absent = "absent"
     differences = [
-        f"{name} is {flat_there.get(name, absent)} there and {flat_here.get(name, absent)} here"
-        for name in sorted(flat_there.keys() | flat_here.keys())
-        if flat_there.get(name, absent) != flat_here.get(name, absent)
+        _difference(name, flat_there.get(name, "absent"), flat_here.get(name, "absent"))
+        for name in sorted((flat_there.keys() | flat_here.keys()) - set(_MAY_DIFFER))
+        if flat_there.get(name, "absent") != flat_here.get(name, "absent")
     ]
     if differences:
         raise ValueError(
             f"{out} holds a run of another recipe ({'; '.join(differences)}); "
             "repeat its options to go on with it, or give another --out"
         )
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    if isinstance(there, list) and isinstance(here, list) and max(len(there), len(here)) > 4:
+        if len(there) != len(here):
+            return f"{name} has {len(there)} entries there and {len(here)} here"
+        pairs = enumerate(zip(there, here, strict=True))
+        number, (first, second) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+        return f"{name}[{number}] is {first} there and {second} here"
+    return f"{name} is {there} there and {here} here"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -286,7 +406,7 @@ def _refuse_foreign_files(out: Path) -> None:
         raise ValueError(f"{out} is a file, wanted a folder for the run; give another --out")
     if (out / _RECIPE).exists():
         return
-    for name in (*_OWN_FILES, RESULTS, CHECKPOINT):
+    for name in (*_OWN_FILES, RESULTS, "last.ckpt"):
         if (out / name).exists():
             raise ValueError(
                 f"{out} holds a {name} but no {_RECIPE}, so it is not a run of ours and is left "
@@ -296,6 +416,8 @@ def _refuse_foreign_files(out: Path) -> None:
 
 def _remove_leftovers(out: Path, *, with_folder: bool) -> None:
     """Removes what a run wrote that came to an end before its first checkpoint."""
+    from visionmamba.training.checkpoint import CHECKPOINT
+
     for name in (*_OWN_FILES, f"{_METRICS}.tmp", f"{_RECIPE}.tmp", f"{CHECKPOINT}.tmp"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / _LOGS, ignore_errors=True)
@@ -311,6 +433,18 @@ def _require_lightning() -> None:
         raise ImportError(
             f"training needs {error.name}; install it with: pip install 'visionmamba[train]'"
         ) from error
+
+
+@contextmanager
+def _randomness_kept(device: torch.device) -> Iterator[None]:
+    """Gives the caller's generators of torch, numpy and Python their states back."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 @contextmanager

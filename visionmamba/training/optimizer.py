@@ -1,63 +1,92 @@
 """AdamW with the parameter groups and the learning rate of transformer training."""
 
 import math
+import re
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
+_LAST = re.compile(r"(?:^|\.)(?:norm|norm_f|fc_norm|head)\.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, linear warm-up, then a cosine down to a share of the peak, step by step."""
+    """AdamW, linear warm-up, then a cosine; learning rates are of a whole step, never rescaled."""
 
     lr: float = 1e-3
     """Peak learning rate."""
+    schedule: Literal["step", "published"] = "step"
+    """"step" changes the rate at every step, with the cosine from the end of the warm-up.
+    "published" is what the authors' loop does: one rate an epoch, that of the epoch before (so that
+    epochs 1 and 2 both run at warmup_lr), on a cosine that begins with epoch 1."""
     min_lr_share: float = 0.01
     """Learning rate at the end, as a share of the peak."""
+    min_lr: float | None = None
+    """Learning rate at the end; overrides min_lr_share."""
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up."""
+    warmup_lr: float = 0.0
+    """Learning rate that the warm-up begins from."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from one block to the one below: the head learns with lr, block k
+    of n with lr * layer_decay**(n - k), k from 0, patch and position embedding with
+    lr * layer_decay**(n + 1). None gives all the same."""
     weight_decay: float = 0.05
     """On matrices; biases, other 1-D parameters and the model's no_weight_decay() are exempt."""
     decay_a_log: bool = False
     """True also decays the A_log of the state-space models, as the published training does."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running means of gradient and squared gradient."""
+    eps: float = 1e-8
+    """Added to the root of the squared gradient."""
     clip_norm: float | None = 1.0
     """Largest norm of the whole gradient; None never clips."""
-    accumulate_batches: int = 1
-    """Batches whose gradients are averaged into one step."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.min_lr_share <= 1:
             raise ValueError(f"min_lr_share must lie between 0 and 1, got {self.min_lr_share}")
-        if self.warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("warmup_epochs", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("min_lr", "warmup_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= self.lr:
+                raise ValueError(f"{name} must lie between 0 and lr={self.lr}, got {value}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"layer_decay must be above 0, at most 1, or None, got {self.layer_decay}"
+            )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}")
-        if self.accumulate_batches < 1:
-            raise ValueError(
-                f"accumulate_batches must be at least 1, got {self.accumulate_batches}"
-            )
 
     def build(
         self, model: nn.Module, *, steps_per_epoch: int, epochs: int
     ) -> tuple[torch.optim.AdamW, LambdaLR]:
-        """Returns the optimizer of a model and its schedule, to be advanced once a step."""
-        decayed, exempt = self.groups(model)
+        """Returns the optimizer of a model and its schedule, to be advanced once a step.
+
+        Raises:
+            ValueError: layer_decay is set and the model has no numbered blocks.
+        """
+        on_gpu = all(parameter.is_cuda for parameter in model.parameters())
         optimizer = torch.optim.AdamW(
-            [
-                {"params": list(decayed.values()), "weight_decay": self.weight_decay},
-                {"params": list(exempt.values()), "weight_decay": 0.0},
-            ],
+            self._groups_with_rates(model),
             lr=self.lr,
             betas=self.betas,
+            eps=self.eps,
+            fused=True if on_gpu else None,  # a launch for many parameters
         )
+        if self.schedule == "published":
+            return optimizer, LambdaLR(
+                optimizer,
+                lambda step: self.published_lr_share(step // steps_per_epoch, epochs=epochs),
+            )
         num_steps = steps_per_epoch * epochs
         num_warmup = min(round(self.warmup_epochs * steps_per_epoch), num_steps)
         return optimizer, LambdaLR(
@@ -81,10 +110,65 @@ class OptimizerConfig:
             (exempt if is_exempt else decayed)[name] = parameter
         return decayed, exempt
 
+    def layer_scales(self, model: nn.Module) -> dict[str, float]:
+        """Returns the factor of each parameter's learning rate, by name; see layer_decay.
+
+        Raises:
+            ValueError: layer_decay is set and no parameter has a name like blocks.3.weight.
+        """
+        names = [name for name, _ in model.named_parameters()]
+        if self.layer_decay is None:
+            return dict.fromkeys(names, 1.0)
+        found = {name: _BLOCK.search(name) for name in names}
+        numbers = {name: int(match[1]) for name, match in found.items() if match}
+        if not numbers:
+            raise ValueError(
+                f"layer_decay={self.layer_decay} needs parameters named blocks.0, blocks.1, ...; "
+                f"{type(model).__name__} has none: set it to None"
+            )
+        depth = max(numbers.values()) + 1
+        scales: dict[str, float] = {}
+        for name in names:
+            if name in numbers:
+                above = depth - numbers[name]
+            else:
+                above = 0 if _LAST.search(name) else depth + 1
+            scales[name] = self.layer_decay**above
+        return scales
+
     def lr_share(self, step: int, *, num_warmup: int, num_steps: int) -> float:
         """Returns the learning rate of a zero-based step as a share of the peak."""
+        start = self.warmup_lr / self.lr
         if step < num_warmup:
-            return (step + 1) / num_warmup
+            return start + (1 - start) * (step + 1) / num_warmup
         progress = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.min_lr_share + (1 - self.min_lr_share) * cosine
+        return self._end_share + (1 - self._end_share) * cosine
+
+    def published_lr_share(self, epoch: int, *, epochs: int) -> float:
+        """Returns the learning rate of a zero-based epoch of "published" as a share of the peak."""
+        start, last = self.warmup_lr / self.lr, max(epoch - 1, 0)
+        if last < self.warmup_epochs:
+            return start + (1 - start) * last / self.warmup_epochs
+        cosine = 0.5 * (1 + math.cos(math.pi * last / epochs))
+        return self._end_share + (1 - self._end_share) * cosine
+
+    @property
+    def _end_share(self) -> float:
+        return self.min_lr_share if self.min_lr is None else self.min_lr / self.lr
+
+    def _groups_with_rates(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Returns AdamW's groups: those decayed first, each by falling learning rate."""
+        scales = self.layer_scales(model)
+        groups: list[dict[str, Any]] = []
+        for named, weight_decay in zip(self.groups(model), (self.weight_decay, 0.0), strict=True):
+            for scale in sorted({scales[name] for name in named}, reverse=True):
+                parameters = [value for name, value in named.items() if scales[name] == scale]
+                groups.append(
+                    {
+                        "params": parameters,
+                        "weight_decay": weight_decay,
+                        "lr": self.lr * scale,
+                    }
+                )
+        return groups

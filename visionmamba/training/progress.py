@@ -13,7 +13,8 @@ from rich.progress import (
 )
 from typing_extensions import override
 
-from visionmamba.training.engine import Engine, Recorder
+from visionmamba.training.engine import Engine
+from visionmamba.training.recorder import Recorder
 
 _SHOW_EVERY_STEPS = 10
 _BAR_WIDTH = 16  # all columns together fit into 80 characters
@@ -61,14 +62,14 @@ class ProgressBar(lightning.Callback):
         batch_idx: int,
     ) -> None:
         if trainer.global_step % _SHOW_EVERY_STEPS == 0:
-            loss = cast(Engine, pl_module).step_values().get("train_loss", float("nan"))
+            loss = cast(Engine, pl_module).step_values.get("train_loss", float("nan"))
             self._show(trainer, f"loss {loss:.3f}")
 
     @override
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        loss = cast(Engine, pl_module).step_values()["train_loss"]
+        loss = cast(Engine, pl_module).step_values["train_loss"]
         self._show(trainer, f"loss {loss:.3f}")
         if not self._console.is_terminal:
             self._console.print(
