@@ -21,7 +21,20 @@ def parse(
     kind: type[Parsed], given: Sequence[str], *, prog: str, default: Parsed | None = None
 ) -> Parsed:
     """Returns the options; ValueError says in a sentence what is wrong with them."""
-    parsed: Parsed
+    parsed, unknown = parse_known(kind, given, prog=prog, default=default)
+    if unknown:
+        valid = [f"--{name}" for name in _option_names(parsed)]
+        raise ValueError(
+            f"{prog} does not know {unknown[0]}{nearest(unknown[0], valid)}; "
+            f"valid options: {', '.join(valid)}"
+        )
+    return parsed
+
+
+def parse_known(
+    kind: type[Parsed], given: Sequence[str], *, prog: str, default: Parsed | None = None
+) -> tuple[Parsed, list[str]]:
+    """Returns the options, and what of the command line belongs to none of them."""
     boxes = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxes):
@@ -37,13 +50,7 @@ def parse(
         if not exit_request.code:
             raise
         raise ValueError(f"{_first_sentence(boxes.getvalue())}; see {prog} --help") from None
-    if unknown:
-        valid = [f"--{name}" for name in _option_names(parsed)]
-        raise ValueError(
-            f"{prog} does not know {unknown[0]}{nearest(unknown[0], valid)}; "
-            f"valid options: {', '.join(valid)}"
-        )
-    return parsed
+    return parsed, unknown
 
 
 def image_size_of(given: tuple[int, ...] | None) -> int | tuple[int, int] | None:
@@ -106,7 +113,7 @@ def _option_names(parsed: object, prefix: str = "") -> list[str]:
     for field in fields(parsed):
         value = getattr(parsed, field.name)
         if is_dataclass(value):
-            is_unprefixed = field.name in ("run", "recipe")
+            is_unprefixed = field.name in ("run", "arguments", "recipe")
             names += _option_names(value, prefix if is_unprefixed else f"{prefix}{field.name}.")
         elif tyro.conf.Positional not in getattr(field.type, "__metadata__", ()):
             names.append(f"{prefix}{field.name}".replace("_", "-"))

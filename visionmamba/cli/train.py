@@ -1,18 +1,34 @@
-"""`visionmamba train`: a recipe with its fields as options."""
+"""`visionmamba train`: a recipe with its arguments and its fields as options."""
 
+import dataclasses
+import inspect
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from visionmamba.cli.messages import EXIT_WRONG_INPUT, complain
-from visionmamba.cli.options import choose, parse
+from visionmamba.cli.options import choose, num_workers_for, parse, parse_known
 
 if TYPE_CHECKING:
     from visionmamba.recipes import Recipe
     from visionmamba.training import FitResult
+
+Source = Literal["folder", "shards", "hugging-face", "timm", "digits"]
+
+_HELP_OPTIONS = ("-h", "--help")
+_ARGUMENT_HELP = {
+    "variant": "What the recipe follows where the paper and the authors' script differ.",
+    "weights": "What to begin with: a file of this package, the authors' .pth, a published name; "
+    "None begins with drawn weights.",
+    "size": "Of the model, without weights.",
+    "image_size": "Side in pixels, of the model and of its pictures.",
+    "source": "Where the pictures come from, instead of what the recipe says; --data.FIELD are its "
+    "options (docs/training.md).",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,51 +39,124 @@ class RunOptions:
     """Folder of the run; the same command goes on with what it finds there."""
     device: str = "auto"
     """"auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N"."""
-    num_workers: int = 0
-    """Processes that prepare images beside the main one."""
+    devices: int = 1
+    """Devices of this machine that share each step; under torchrun and srun leave it out."""
+    nodes: int = 1
+    """Machines; under torchrun and srun leave it out."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How devices share the work: "ddp" keeps the model on each, "fsdp" divides it among them."""
+    num_workers: int | None = None
+    """Processes that prepare images beside the one of each device; by default the machine's cores
+    divided by its devices (at most 16) on GPUs, none on the CPU."""
     checkpoint_every_steps: int = 50
     """Steps between checkpoints, beside the one after each epoch."""
+    cuda_graphs: bool = True
+    """Record forward and backward once and replay them, on one GPU."""
     quiet: bool = False
     """Show no progress."""
 
 
 def train(given: list[str]) -> int:
+    """Runs `visionmamba train`."""
     from visionmamba.recipes import RECIPES
 
-    if not given or given[0] in ("-h", "--help"):
+    if not given or given[0] in _HELP_OPTIONS:
         print("usage: visionmamba train RECIPE --out DIR [--FIELD VALUE ...]\n\nrecipes:")
+        width = max(map(len, RECIPES)) + 2
         for name, make in RECIPES.items():
-            print(f"  {name:16}{(make.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:{width}}{(make.__doc__ or '').splitlines()[0]}")
         print("\n`visionmamba train RECIPE --help` shows the fields of a recipe")
         return 0 if given else EXIT_WRONG_INPUT
     make_recipe = choose(RECIPES, given[0], what="recipe")
-    recipe, options = _parse_train(given[0], make_recipe(), given[1:])
+    recipe, options = _parse_train(given[0], make_recipe, given[1:])
     from visionmamba.training import fit
+    from visionmamba.training.world import find_world
 
+    world = find_world(devices=options.devices, nodes=options.nodes)
     result = fit(
         recipe,
         options.out,
         device=options.device,
-        num_workers=options.num_workers,
+        devices=options.devices,
+        nodes=options.nodes,
+        strategy=options.strategy,
+        num_workers=num_workers_for(
+            options.device, options.num_workers, num_devices=world.size // world.nodes
+        ),
         checkpoint_every_steps=options.checkpoint_every_steps,
+        cuda_graphs=options.cuda_graphs,
         progress=not options.quiet,
     )
-    print(_fit_text(result))
-    _report_unreadable(result.out / "results.json")
+    if world.is_main:
+        print(_fit_text(result))
+        _report_unreadable(result.out / "results.json")
     return 0
 
 
-def _parse_train(name: str, recipe: "Recipe", given: list[str]) -> tuple["Recipe", RunOptions]:
+def _parse_train(
+    name: str, make_recipe: Callable[..., "Recipe"], given: list[str]
+) -> tuple["Recipe", RunOptions]:
+    """Returns the recipe and how it shall run.
+
+    What the recipe's function takes is read first, since it decides the defaults of all else.
+    """
     from visionmamba.recipes import Recipe
+
+    prog = f"visionmamba train {name}"
+    arguments = _argument_fields(make_recipe)
+    early: type[Any] = dataclasses.make_dataclass("Arguments", arguments, frozen=True, kw_only=True)
+    wants_help = any(option in given for option in _HELP_OPTIONS)
+    chosen, rest = parse_known(early, [x for x in given if x not in _HELP_OPTIONS], prog=prog)
+    values = dataclasses.asdict(chosen)
+    source = values.pop("source")
+    recipe = make_recipe(**values)
+    if source is not None:
+        recipe = dataclasses.replace(recipe, data=_source(source))
+    fields_of_recipe = {field.name for field in dataclasses.fields(Recipe)}
+    shown = [one for one in arguments if one[0] not in fields_of_recipe]  # those are shown anyway
+    shown_class = dataclasses.make_dataclass("Arguments", shown, frozen=True, kw_only=True)
 
     @dataclass(frozen=True, kw_only=True)
     class Train:
         run: Annotated[RunOptions, tyro.conf.arg(name="")]
+        arguments: Annotated[Any, tyro.conf.arg(name="", constructor=shown_class)]
         recipe: Annotated[Recipe, tyro.conf.arg(name="")]
 
-    default = Train(run=RunOptions(out=tyro.MISSING), recipe=recipe)
-    parsed = parse(Train, given, prog=f"visionmamba train {name}", default=default)
+    default = Train(
+        run=RunOptions(out=tyro.MISSING),
+        arguments=shown_class(**{one[0]: getattr(chosen, one[0]) for one in shown}),
+        recipe=recipe,
+    )
+    rest = [*rest, "--help"] if wants_help else rest
+    parsed = parse(Train, rest, prog=prog, default=default)
     return parsed.recipe, parsed.run
+
+
+def _argument_fields(make_recipe: Callable[..., "Recipe"]) -> list[tuple[str, Any, Any]]:
+    """Returns the arguments of a recipe's function, and `source`, as fields of a dataclass."""
+    fields: list[tuple[str, Any, Any]] = [("source", Source | None, None)]
+    fields += [
+        (name, parameter.annotation, parameter.default)
+        for name, parameter in inspect.signature(make_recipe).parameters.items()
+        if name != "root"  # which is --data.root
+    ]
+    return [
+        (name, Annotated[kind, tyro.conf.arg(help=_ARGUMENT_HELP[name])], default)
+        for name, kind, default in fields
+    ]
+
+
+def _source(name: Source) -> Any:
+    from visionmamba.data import Digits, HuggingFaceData, ImageFolder, TimmData, WebShards
+
+    sources: Mapping[Source, Callable[[], Any]] = {
+        "folder": ImageFolder,
+        "shards": WebShards,
+        "hugging-face": HuggingFaceData,
+        "timm": TimmData,
+        "digits": Digits,
+    }
+    return sources[name]()
 
 
 def _fit_text(result: "FitResult") -> str:
@@ -82,7 +171,7 @@ def _fit_text(result: "FitResult") -> str:
 
 
 def _report_unreadable(results: Path) -> None:
-    unreadable = json.loads(results.read_text(encoding="utf-8"))["data"]["unreadable"]
+    unreadable = json.loads(results.read_text(encoding="utf-8"))["unreadable"]
     count = sum(len(files) for files in unreadable.values())
     if count:
         complain(f"unreadable images left out: {count}; {results} lists them")

@@ -3,15 +3,54 @@
 from collections.abc import Callable
 
 from visionmamba.recipes.digits import digits_deit, digits_vim
+from visionmamba.recipes.finetune import finetune
 from visionmamba.recipes.folder import folder_deit, folder_vim
+from visionmamba.recipes.imagenet import (
+    deit_small_imagenet,
+    deit_tiny_imagenet,
+    vim_base_imagenet,
+    vim_base_long_imagenet,
+    vim_small_imagenet,
+    vim_small_long_imagenet,
+    vim_tiny_imagenet,
+    vim_tiny_long_imagenet,
+)
 from visionmamba.recipes.recipe import Recipe
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "digits_vim": digits_vim,
-    "digits_deit": digits_deit,
-    "folder_vim": folder_vim,
-    "folder_deit": folder_deit,
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    make.__name__: make
+    for make in (
+        finetune,
+        folder_vim,
+        folder_deit,
+        digits_vim,
+        digits_deit,
+        vim_tiny_imagenet,
+        vim_small_imagenet,
+        vim_base_imagenet,
+        vim_tiny_long_imagenet,
+        vim_small_long_imagenet,
+        vim_base_long_imagenet,
+        deit_tiny_imagenet,
+        deit_small_imagenet,
+    )
 }
-"""The recipes that `visionmamba train` knows, by name."""
+"""The recipes that `visionmamba train` knows, by name; every argument has a default."""
 
-__all__ = ["RECIPES", "Recipe", "digits_deit", "digits_vim", "folder_deit", "folder_vim"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "deit_small_imagenet",
+    "deit_tiny_imagenet",
+    "digits_deit",
+    "digits_vim",
+    "finetune",
+    "folder_deit",
+    "folder_vim",
+    "vim_base_imagenet",
+    "vim_base_long_imagenet",
+    "vim_small_imagenet",
+    "vim_small_long_imagenet",
+    "vim_tiny_imagenet",
+    "vim_tiny_long_imagenet",
+]
