@@ -8,6 +8,7 @@ from visionmamba.data.image_files import (
     decode_image,
     open_image,
 )
+from visionmamba.data.libraries import HuggingFaceData, TimmData
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
 from visionmamba.data.mixing import Mixing
 from visionmamba.data.sets import (
@@ -24,6 +25,9 @@ from visionmamba.data.sets import (
 from visionmamba.data.shards import WebShards
 from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocessing
 
+DataSource = Digits | ImageFolder | WebShards | HuggingFaceData | TimmData
+"""What a recipe can learn from; each has `build() -> ImageSplits`."""
+
 __all__ = [
     "MAX_PIXELS",
     "PADDING",
@@ -31,15 +35,18 @@ __all__ = [
     "Augmentation",
     "Batch",
     "BatchTooLargeError",
+    "DataSource",
     "Digits",
     "EvalBatches",
     "FileImages",
+    "HuggingFaceData",
     "ImageFolder",
     "ImageSet",
     "ImageSplits",
     "ImageTransform",
     "Mixing",
     "Preprocessing",
+    "TimmData",
     "TrainBatches",
     "UnreadableImageError",
     "WebShards",

@@ -102,13 +102,7 @@ class ImageFolder:
             ValueError: the classes of both disagree, a class is empty, or there are fewer than two.
         """
         train, val = self.open("train"), self.open("val")
-        if train.class_names != val.class_names:
-            raise ValueError(_class_difference(self.root, train.class_names, val.class_names))
-        if len(train.class_names) < 2:
-            raise ValueError(
-                f"{self.root / 'train'} holds one class, {train.class_names[0]}; wanted at least "
-                "two class folders"
-            )
+        check_classes(self.root, train.class_names, val.class_names)
         return ImageSplits(train, val)
 
     def open(self, split: Split) -> "FileImages":
@@ -134,18 +128,36 @@ class ImageFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileImages:
+class LabelledImages:
+    """What sets of images have in common; each adds `image`."""
+
+    labels: tuple[int, ...]
+    """One a picture."""
+    class_names: tuple[str, ...]
+    """Labels are indices into them."""
+    unreadable: tuple[str, ...] = ()
+    """What was left out of the set from the start, each with the reason."""
+    on_unreadable: OnUnreadable = "fail"
+    """Whether batches stop at a picture that cannot be opened, or do without it."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def file(self, index: int) -> Path | None:
+        """None: these pictures have no files of their own."""
+        return None
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Returns (num_images,) int64: any order, all equally probable."""
+        return torch.randperm(len(self), generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileImages(LabelledImages):
     """Pictures in files."""
 
     files: tuple[Path, ...]
-    labels: tuple[int, ...]
-    class_names: tuple[str, ...]
-    unreadable: tuple[str, ...] = ()
-    on_unreadable: OnUnreadable = "fail"
     max_pixels: int = MAX_PIXELS
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def image(self, index: int) -> Image.Image:
         """Opens picture `index`; `UnreadableImageError` or `FileNotFoundError` name a bad file."""
@@ -155,36 +167,17 @@ class FileImages:
         """File of picture `index`."""
         return self.files[index]
 
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Returns (num_images,) int64: any order, all equally probable."""
-        return torch.randperm(len(self), generator=generator)
-
 
 @dataclass(frozen=True, kw_only=True)
-class ArrayImages:
+class ArrayImages(LabelledImages):
     """Gray pictures in memory."""
 
     pixels: NDArray[np.uint8]
     """(num_images, height, width)."""
-    labels: tuple[int, ...]
-    class_names: tuple[str, ...]
-    unreadable: tuple[str, ...] = ()
-    on_unreadable: OnUnreadable = "fail"
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
         """Picture `index` as "L"."""
         return Image.fromarray(self.pixels[index])
-
-    def file(self, index: int) -> Path | None:
-        """None: these pictures come from no file."""
-        return None
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Returns (num_images,) int64: any order, all equally probable."""
-        return torch.randperm(len(self), generator=generator)
 
 
 def open_class_folders(
@@ -280,18 +273,22 @@ def split_readable(
     return readable, [why for why in reasons if why is not None]
 
 
-def _class_difference(root: Path, train: tuple[str, ...], val: tuple[str, ...]) -> str:
-    only_train = _some(sorted(set(train) - set(val)))
-    only_val = _some(sorted(set(val) - set(train)))
-    differences = [
-        f"only in {split}: {names}"
-        for split, names in (("train", only_train), ("val", only_val))
-        if names
-    ]
-    return (
-        f"{root} has {len(train)} classes in train and {len(val)} in val, which must be the same "
-        f"({'; '.join(differences)}); add or remove class folders"
-    )
+def check_classes(source: str | Path, train: tuple[str, ...], val: tuple[str, ...]) -> None:
+    """Raises ValueError unless both splits have the same classes, at least two."""
+    if train != val:
+        only_train = _some(sorted(set(train) - set(val)))
+        only_val = _some(sorted(set(val) - set(train)))
+        differences = [
+            f"only in {split}: {names}"
+            for split, names in (("train", only_train), ("val", only_val))
+            if names
+        ] or ["their order differs"]
+        raise ValueError(
+            f"{source} has {len(train)} classes in train and {len(val)} in val, which must be the "
+            f"same ({'; '.join(differences)}); add or remove classes"
+        )
+    if len(train) < 2:
+        raise ValueError(f"{source} holds one class, {train[0]}; wanted at least two")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from visionmamba.data.image_files import (
     UnreadableImageError,
     decode_image,
 )
-from visionmamba.data.sets import ImageSplits, OnUnreadable
+from visionmamba.data.sets import ImageSplits, LabelledImages, OnUnreadable, check_classes
 
 _MAX_IMAGE_BYTES = 1 << 28
 _MAX_LABEL_BYTES = 1 << 20
@@ -78,8 +78,7 @@ class WebShards:
                 f"{self.class_names} names {len(names)} classes, but the shards hold a sample of "
                 f"class {largest}, counted from 0; add the missing names"
             )
-        if len(names) < 2:
-            raise ValueError("the shards hold one class; wanted samples of at least two")
+        check_classes(self.train[0], names, names)
         return ImageSplits(self._images(train, names), self._images(val, names))
 
     def _images(self, index: "_Index", names: tuple[str, ...]) -> "ShardImages":
@@ -112,20 +111,13 @@ class WebShards:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardImages:
+class ShardImages(LabelledImages):
     """Pictures inside of tar files."""
 
     index: "_Index"
     """Where they are."""
-    labels: tuple[int, ...]
-    class_names: tuple[str, ...]
-    unreadable: tuple[str, ...] = ()
     shuffle_shards: int | None = None
-    on_unreadable: OnUnreadable = "fail"
     max_pixels: int = MAX_PIXELS
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
         """Reads picture `index`; `UnreadableImageError` names shard and member of a bad one."""
@@ -145,14 +137,10 @@ class ShardImages:
             name = _member_name(shard, header)
             raise UnreadableImageError(f"{shard}, {name}: {error}") from error
 
-    def file(self, index: int) -> Path | None:
-        """None: these pictures have no files of their own."""
-        return None
-
     def order(self, generator: torch.Generator) -> Tensor:
         """Returns (num_images,) int64: a random order, shard group after shard group if asked."""
         if self.shuffle_shards is None:
-            return torch.randperm(len(self), generator=generator)
+            return super().order(generator)
         shard_of = torch.from_numpy(self.index.shard_of)
         shards = torch.randperm(len(self.index.shards), generator=generator)
         order: list[Tensor] = []

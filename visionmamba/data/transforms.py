@@ -17,7 +17,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RAND_AUGMENT = re.compile(
-    r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t[a-z]+))*"
+    r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*"
 )
 _TRANSLATION_SHARE = 0.45  # of the shorter side, RandAugment's largest shift in timm
 _RESAMPLING = {
@@ -225,10 +225,10 @@ def _random_changes(
 
 
 def _rand_augment(preprocessing: Preprocessing, words: str) -> Callable[[Image.Image], Image.Image]:
-    from timm.data.auto_augment import rand_augment_transform
+    from timm.data.auto_augment import RandAugment, rand_augment_transform
 
     fill = tuple(min(255, round(255 * value)) for value in preprocessing.mean)
-    change: Callable[[Image.Image], Image.Image] = rand_augment_transform(
+    change: RandAugment = rand_augment_transform(
         words,
         {
             "translate_const": int(min(preprocessing.size) * _TRANSLATION_SHARE),
@@ -236,7 +236,20 @@ def _rand_augment(preprocessing: Preprocessing, words: str) -> Callable[[Image.I
             "interpolation": _RESAMPLING[preprocessing.interpolation],
         },
     )
+    for operation in change.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
     return change
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
+    """Keeps the highest bits; none left is black, as in the Pillow of the published training."""
+    from timm.data.auto_augment import posterize
+
+    if bits_to_keep == 0:  # Pillow 13 refuses it
+        return Image.new(image.mode, image.size)
+    posterized: Image.Image = posterize(image, bits_to_keep)  # type: ignore[no-untyped-call]
+    return posterized
 
 
 def _random_erasing(augmentation: Augmentation | None) -> Callable[[Tensor], Tensor] | None:
