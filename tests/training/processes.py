@@ -17,8 +17,9 @@ from tests.training.small import small_recipe
 from visionmamba.recipes import Recipe
 from visionmamba.training import Experiment, fit
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.training.processes"])
+SERVER = multiprocessing.get_context("forkserver")
+"""Starts processes that have all imports behind them."""
+SERVER.set_forkserver_preload(["tests.training.processes"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Death:
 
 def train_in_process(out: Path, order: Path, death: Death | None = None, **changes: Any) -> int:
     """Trains the small recipe, notes its batches, and returns the exit code, -9 when killed."""
-    process = _SERVER.Process(target=_train, args=(out, order, death or Death(), changes))
+    process = SERVER.Process(target=_train, args=(out, order, death or Death(), changes))
     process.start()
     process.join()
     code = process.exitcode

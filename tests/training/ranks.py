@@ -1,17 +1,146 @@
-"""Trains the small recipe as one of several processes; started by torch.distributed.run."""
+"""Runs of `fit` in several processes that train together, with the environment torchrun gives.
 
+As a program it is one such process, for real launchers: python -m tests.training.ranks OUT DEVICES.
+"""
+
+import contextlib
+import os
+import signal
+import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tests.training.processes import SERVER
 from tests.training.small import small_recipe
-from visionmamba.training import fit
+from visionmamba.recipes import Recipe
+from visionmamba.training import Experiment, NonFiniteError, fit
+
+STOPPED, NOT_FINITE = 3, 4
+
+
+def shared_recipe(**changes: Any) -> Recipe:
+    """Returns the small recipe with nothing that depends on how a step is divided."""
+    recipe = small_recipe(**{"log_every_steps": 1, "ema_decay": 0.9, **changes})
+    return replace(recipe, model=replace(recipe.model, drop_path=0.0, dropout=0.0))
+
+
+def train_in_ranks(
+    out: Path,
+    *,
+    ranks: int,
+    strategy: str = "ddp",
+    rank_1: str | None = None,
+    at_step: int = 0,
+    **changes: Any,
+) -> list[int]:
+    """Trains the shared recipe, and returns the exit codes of the processes.
+
+    Args:
+        out: folder of the run.
+        ranks: processes; all are killed once one has died, as launchers do.
+        strategy: as fit takes it.
+        rank_1: what befalls the second process after a step: "killed", "asked to stop", "not
+            finite"; with one process, what befalls that.
+        at_step: the step.
+        changes: of the recipe.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        fate = rank_1 if rank == ranks - 1 else None
+        given = (out, environment, strategy, fate, at_step, changes)
+        processes.append(SERVER.Process(target=_train, args=given))
+    for process in processes:
+        process.start()
+    while any(process.exitcode is None for process in processes):
+        if any(process.exitcode == -signal.SIGKILL for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    return [process.exitcode or 0 for process in processes]
+
+
+class _BreakingRecipe(Recipe):
+    """The same run; from a step on, the model's norm gives infinity."""
+
+    def build(self, *, num_workers: int = 0, rank: int = 0, num_ranks: int = 1) -> Experiment:
+        experiment = super().build(num_workers=num_workers, rank=rank, num_ranks=num_ranks)
+        experiment.task.model.get_submodule("norm").register_forward_hook(
+            lambda module, inputs, output: tuple(part * float("inf") for part in output)
+        )
+        return experiment
+
+
+def _train(
+    out: Path,
+    environment: dict[str, str],
+    strategy: Any,
+    fate: str | None,
+    at_step: int,
+    changes: dict[str, Any],
+) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    recipe = shared_recipe(**changes)
+    if fate == "not finite":
+        values = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
+        recipe = _BreakingRecipe(**values)
+    elif fate is not None:
+        number = {"killed": signal.SIGKILL, "asked to stop": signal.SIGTERM}[fate]
+        _raise_signal_after(at_step, number)
+    try:
+        with contextlib.redirect_stderr(None):
+            fit(
+                recipe,
+                out,
+                device="cpu",
+                strategy=strategy,
+                checkpoint_every_steps=4,
+                progress=False,
+            )
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+    except NonFiniteError as error:
+        name = f"error-{environment['RANK']}.txt"
+        out.with_name(name).write_text(str(error), encoding="utf-8")
+        sys.exit(NOT_FINITE)
+
+
+def _raise_signal_after(step: int, number: signal.Signals) -> None:
+    from visionmamba.training.engine import Engine
+
+    former = Engine.optimizer_step
+
+    def optimizer_step(self: Engine, *given: Any) -> None:
+        former(self, *given)
+        if self.trainer.global_step + 1 == step:  # counted when this has returned
+            signal.raise_signal(number)
+
+    Engine.optimizer_step = optimizer_step  # type: ignore[method-assign]
+
 
 if __name__ == "__main__":
-    out, strategy = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    recipe = small_recipe(epochs=1, log_every_steps=1, ema_decay=0.9)
-    recipe = replace(recipe, model=replace(recipe.model, drop_path=0.0, dropout=0.0))
-    fit(recipe, out, device="cpu", strategy=strategy, progress=False)
+    fit(
+        shared_recipe(epochs=1),
+        sys.argv[1],
+        device="cpu",
+        devices=int(sys.argv[2]),
+        progress=False,
+    )

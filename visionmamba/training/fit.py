@@ -189,7 +189,6 @@ def _train(
 ) -> FitResult:
     import pytorch_lightning as lightning
     from pytorch_lightning.loggers import TensorBoardLogger
-    from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     from visionmamba.training.checkpoint import (
         CHECKPOINT,
@@ -266,6 +265,8 @@ def _train(
             num_sanity_val_steps=0,
             log_every_n_steps=1,
         )
+        # theirs waits for the device before each batch; the step itself agrees on stopping
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         try:
             with stop.listening(), explain_out_of_memory(device_batch_size):
                 trainer.fit(
@@ -277,7 +278,7 @@ def _train(
                     ckpt_path=checkpoint if state else None,
                     weights_only=True,
                 )
-        except (Interrupted, SIGTERMException):
+        except Interrupted:
             where = f"step {recorder.saved_step} of {trainer.estimated_stepping_batches}"
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
         finally:

@@ -80,6 +80,7 @@ class Recorder(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         self._started = time.monotonic()
+        self._stop.take_signals()  # pytorch-lightning's handler talks to the other processes
 
     @override
     def on_train_batch_end(

@@ -11,8 +11,15 @@ class Interrupted(Exception):
     """The run was asked to stop and has done so, between two steps."""
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class StopRequest:
-    """Whether Ctrl-C or a termination signal has asked to stop; a second Ctrl-C stops at once."""
+    """Whether Ctrl-C or a termination signal has asked to stop.
+
+    A second one stops a process that is alone at once; several, whose launcher may repeat it, go on
+    to the end of the step.
+    """
 
     def __init__(self, *, num_processes: int = 1) -> None:
         """One process alone agrees with itself at once."""
@@ -36,16 +43,21 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in former:
-            signal.signal(number, self._note)
+        former = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.take_signals()
         try:
             yield
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
 
+    def take_signals(self) -> None:
+        """Takes the signals over once more, in case somebody else has."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._note)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_made:
+        if self.is_made and self._is_alone:
             raise KeyboardInterrupt
         self.is_made = True
