@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.models import FeatureInfo, group_parameters
+from timm.models import FeatureGraphNet, FeatureInfo, GraphExtractNet, group_parameters
 from timm.optim import create_optimizer_v2
 
 import visionmamba
@@ -198,12 +198,24 @@ def renamed(state_dict):
     """The tensors of a feature net by the names of the model in it."""
     names = {}
     for key, tensor in state_dict.items():
-        plain = key.removeprefix("model.").removeprefix("body.").removeprefix("embedding.vim.")
+        plain = key.removeprefix("model.").removeprefix("body.").removeprefix("graph_module.")
+        plain = plain.removeprefix("embedding.vim.")
         if plain.startswith("stage"):
             stage, _, _, rest = plain.split(".", 3)
             plain = f"blocks.{stage.removeprefix('stage')}.{rest}"
         names[plain] = tensor
     return names
+
+
+@pytest.mark.parametrize("kind", ["fx", FeatureGraphNet])
+def test_features_of_a_graph_are_the_same_maps(kind) -> None:
+    net = create(features_only=True, feature_cls=kind, out_indices=(1, 3))
+    whole, images = create(features_only=True, out_indices=(1, 3)), torch.randn(2, 3, 48, 80)
+    names = {name.removeprefix("model."): name for name in whole.state_dict()}
+    tensors = renamed(net.state_dict()).items()
+    whole.load_state_dict({names[key]: tensor for key, tensor in tensors})
+    assert isinstance(net, FeatureGraphNet)
+    torch.testing.assert_close(net(images), whole(images))
 
 
 @pytest.mark.parametrize("kind", ["getter", "list"])
@@ -319,6 +331,18 @@ def test_wrong_form_of_intermediates_is_refused() -> None:
         create().forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NHWC")
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"readout": "double", "bidirectional": "layer"}, {"readout": "mean"}]
+)
+def test_graph_of_torch_fx_gives_the_same_logits(options) -> None:
+    model, images = create(stride=8, **options), torch.randn(2, 3, 48, 80)
+    graph = GraphExtractNet(model, ["head"])
+    logits = graph(images)
+    torch.testing.assert_close(logits, model(images), **SAME)
+    logits.mean().backward()
+    assert [n for n, p in graph.named_parameters() if p.grad is None] == []
+
+
 def test_compiles_as_one_graph() -> None:
     model, images = create(depth=2), torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -431,7 +455,8 @@ def test_own_weights_fit_another_picture_size(tmp_path: Path, custom_load: bool)
 
 def test_saved_for_the_hub_it_comes_back(tmp_path: Path) -> None:
     model, images = create(in_chans=1, img_size=(32, 64)), torch.randn(2, 1, 32, 64)
-    timm.models.save_for_hf(model, str(tmp_path))
+    options = {**NARROW, "in_chans": 1, "img_size": (32, 64)}
+    timm.models.save_for_hf(model, str(tmp_path), model_args=options)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert isinstance(again, TimmVim)
     assert torch.equal(again(images), model(images))

@@ -82,6 +82,7 @@ def loader(root: Path, split: str, data_config, *, shuffled: bool = False):
         hflip=0.0,
         color_jitter=0.0,
         num_workers=0,
+        persistent_workers=False,
         use_prefetcher=False,
         device=torch.device("cpu"),
     )

@@ -67,12 +67,38 @@ class PatchEmbedding(nn.Module):
 
         Args:
             images: (B, C, H, W).
+
+        Raises:
+            ValueError: shape, dtype or device of the pictures is not what the weights take.
         """
+        self._check(images)
         grid = self.grid(*images.shape[-2:])
         dtype = activation_dtype(images)
         # A matrix product on every backend: convolution kernels are slow at this shape.
         patches = cut_patches(images, self.patch_size, self.stride, grid, dtype)
         return F.linear(patches, self.weight.flatten(1), self.bias), grid
+
+    def _check(self, images: Tensor) -> None:
+        channels = self.weight.shape[1]
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images must be (batch, {channels}, height, width); got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images must be floating point and normalised; got {images.dtype}: divide by 255 "
+                "and subtract the mean, or use Classifier, which takes pictures as they are"
+            )
+        if images.device != self.weight.device:
+            raise ValueError(
+                f"images are on {images.device} but the model is on {self.weight.device}; "
+                f'move them with images.to("{self.weight.device}")'
+            )
+        if images.dtype != self.weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"images are {images.dtype} but the model is {self.weight.dtype}; convert one of "
+                "them with .to(dtype), or run under torch.autocast"
+            )
 
     def _fit(self, side: int) -> int:
         beyond_first = max(side - self.patch_size, 0)

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
+from timm.models import (
+    FeatureDictNet,
+    FeatureGraphNet,
+    FeatureHookNet,
+    FeatureListNet,
+    register_notrace_module,
+)
 from torch import Tensor, nn
 
 from visionmamba.models.config import VimConfig
@@ -22,10 +28,17 @@ def feature_net(kind: str | Callable[..., nn.Module]) -> str | Callable[..., nn.
     Nets that run or hook a model's modules one by one get VimStages instead of the model.
 
     Args:
-        kind: timm's feature_cls: "getter" (timm's FeatureGetterNet), "list", "dict", "hook", or a
-            class.
+        kind: timm's feature_cls: "getter" (timm's FeatureGetterNet), "list", "dict", "hook", "fx",
+            or a class.
     """
-    nets = {"list": FeatureListNet, "dict": FeatureDictNet, "hook": FeatureHookNet}
+    nets = {
+        "list": FeatureListNet,
+        "dict": FeatureDictNet,
+        "hook": FeatureHookNet,
+        "fx": _StageGraphNet,
+    }
+    if kind is FeatureGraphNet:
+        kind = "fx"
     if isinstance(kind, str):
         kind = nets.get(kind, kind)
     if isinstance(kind, str) or kind not in nets.values():
@@ -66,6 +79,16 @@ class VimStages(nn.Sequential):
         return last_map
 
 
+class _StageGraphNet(FeatureGraphNet):
+    """FeatureGraphNet for stages, of whose outputs it returns the maps."""
+
+    def forward(self, images: Tensor) -> list[Tensor] | dict[str, Tensor]:
+        maps: dict[str, Tensor] = {
+            name: state[0] for name, state in self.graph_module(images).items()
+        }
+        return maps if self.return_dict else list(maps.values())
+
+
 def _wrap_stages(net: Callable[..., nn.Module], model: TimmVim, **options: Any) -> nn.Module:
     return net(VimStages(model), **options)
 
@@ -79,6 +102,7 @@ class _State(NamedTuple):
     layout: SequenceLayout
 
 
+@register_notrace_module
 class _Embedding(nn.Module):
     """Pictures to the first state of a Vim without blocks."""
 
@@ -91,6 +115,7 @@ class _Embedding(nn.Module):
         return _State(sequence_to_map(tokens, layout), tokens, None, layout)
 
 
+@register_notrace_module
 class _Stage(nn.Module):
     """The blocks that run from one input, from state to state."""
 

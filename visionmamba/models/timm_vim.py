@@ -15,18 +15,29 @@ from typing import Any, Literal, Unpack, get_args, get_type_hints
 
 import torch
 from timm.layers.pool1d import global_pool_nlc
+from timm.models import register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
 from visionmamba.models import load_published
 from visionmamba.models.config import VimConfig, VimInnerOptions, refuse_unknown_options
-from visionmamba.models.embed import PositionEmbedding, class_token_positions, split_tokens
-from visionmamba.models.vim import SequenceLayout, Vim, make_head
+from visionmamba.models.embed import (
+    PatchEmbedding,
+    PositionEmbedding,
+    class_token_positions,
+    split_tokens,
+)
+from visionmamba.models.mixer import BidirectionalMixer
+from visionmamba.models.vim import ResidualNorm, SequenceLayout, Vim, make_head
 
 GlobalPool = Literal["token", "avg", "avgmax", "max", ""]
 OutputFormat = Literal["NCHW", "NLC"]
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
+
+# what looks at shapes, dtypes or devices stays whole in a graph that torch.fx traces
+for one in (PatchEmbedding, PositionEmbedding, ResidualNorm, BidirectionalMixer):
+    register_notrace_module(one)
 
 
 class TimmVim(Vim):

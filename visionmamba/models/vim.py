@@ -261,7 +261,6 @@ class Vim(Pretrained):
         return normed, layout
 
     def _embed(self, images: Tensor) -> tuple[Tensor, SequenceLayout]:
-        self._check(images)
         patches, grid = self.patch_embedding(images)
         positions = class_token_positions(self.config.readout, patches.shape[1])
         tokens = patches
@@ -314,29 +313,6 @@ class Vim(Pretrained):
         else:
             sequence, _ = self.norm(branch, residual)
         return sequence_to_map(sequence, layout)
-
-    def _check(self, images: Tensor) -> None:
-        channels = self.config.in_channels
-        if images.dim() != 4 or images.shape[1] != channels:
-            raise ValueError(
-                f"images must be (batch, {channels}, height, width); got {tuple(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"images must be floating point and normalised; got {images.dtype}: divide by 255 "
-                "and subtract the mean, or use Classifier, which takes pictures as they are"
-            )
-        weight = self.patch_embedding.weight
-        if images.device != weight.device:
-            raise ValueError(
-                f"images are on {images.device} but the model is on {weight.device}; "
-                f'move them with images.to("{weight.device}")'
-            )
-        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
-            raise ValueError(
-                f"images are {images.dtype} but the model is {weight.dtype}; convert one of them "
-                "with .to(dtype), or run under torch.autocast"
-            )
 
 
 def make_head(d_model: int, num_classes: int) -> nn.Linear:
