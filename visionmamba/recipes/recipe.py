@@ -6,9 +6,8 @@ from typing import Any
 
 from visionmamba.data import (
     Augmentation,
-    Digits,
+    DataSource,
     EvalBatches,
-    ImageFolder,
     ImageSplits,
     Mixing,
     Preprocessing,
@@ -27,7 +26,7 @@ class Recipe:
 
     name: str
     """Name of the recipe."""
-    data: Digits | ImageFolder
+    data: DataSource
     """What to learn from."""
     model: VimConfig | DeiTConfig
     """What learns; its num_classes is taken from the data."""

@@ -105,7 +105,8 @@ class Engine(lightning.LightningModule):
         self.begin_average()
         if self._uses_graphs:
             self._undo_graphs = graph_forward(
-                self._task.model, copies_gradients=self._experiment.passes_per_step > 1
+                self._task.model,
+                copies_gradients=self._world.size > 1 or self._experiment.passes_per_step > 1,
             )
 
     def begin_average(self) -> None:

@@ -116,8 +116,8 @@ def fit(
             shards weights, gradients and optimizer (FSDP2). "auto" is "ddp".
         num_workers: processes that prepare images beside each of these; changes no result.
         checkpoint_every_steps: steps between checkpoints, beside the one after each epoch.
-        cuda_graphs: on one GPU record forward and backward once and replay them, which spares the
-            host; not with torch.compile.
+        cuda_graphs: on GPUs record forward and backward once and replay them, which spares the
+            host; not with "fsdp" nor torch.compile.
         progress: show a bar.
         command: how to repeat the run, for results.json; by default the process's command line.
 
@@ -238,7 +238,7 @@ def _train(
         uses_graphs=(
             cuda_graphs
             and device.type == "cuda"
-            and (world.size == 1 and strategy != "fsdp")
+            and strategy != "fsdp"
             and not experiment.compile_blocks
         ),
     )
