@@ -20,6 +20,14 @@ def test_cpu_out_of_memory_names_batch_and_remedy() -> None:
     )
 
 
+def test_remedy_names_the_option_that_the_caller_has() -> None:
+    with (
+        pytest.raises(BatchTooLargeError, match="lower device_batch_size, for example to 4"),
+        explain_out_of_memory(8, option="device_batch_size"),
+    ):
+        raise MemoryError
+
+
 def test_gpu_out_of_memory_is_explained() -> None:
     with pytest.raises(BatchTooLargeError, match="memory of a GPU"), explain_out_of_memory(2):
         raise torch.OutOfMemoryError("CUDA out of memory")

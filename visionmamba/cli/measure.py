@@ -44,11 +44,13 @@ def bench(given: list[str]) -> int:
     from visionmamba.bench.complexity import Complexity
     from visionmamba.bench.efficiency import Efficiency
     from visionmamba.bench.kernels import Kernels
+    from visionmamba.bench.loader import LoaderSpeed
 
-    benchmarks: dict[str, type[Efficiency | Kernels | Complexity]] = {
+    benchmarks: dict[str, type[Efficiency | Kernels | Complexity | LoaderSpeed]] = {
         "efficiency": Efficiency,
         "kernels": Kernels,
         "complexity": Complexity,
+        "loader": LoaderSpeed,
     }
     if not given or given[0] in ("-h", "--help"):
         print(f"usage: visionmamba bench {{{','.join(benchmarks)}}} [--help] ...")

@@ -11,11 +11,12 @@ class BatchTooLargeError(MemoryError):
 
 
 @contextmanager
-def explain_out_of_memory(batch_size: int) -> Iterator[None]:
+def explain_out_of_memory(batch_size: int, *, option: str = "batch_size") -> Iterator[None]:
     """Turns every kind of out-of-memory error in its body into one sentence.
 
     Args:
         batch_size: images in the batch that is being run.
+        option: what the caller can lower, as its message calls it.
 
     Raises:
         BatchTooLargeError: the body ran out of memory on a GPU or on the CPU.
@@ -25,20 +26,20 @@ def explain_out_of_memory(batch_size: int) -> Iterator[None]:
     except BatchTooLargeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _too_large(batch_size, "a GPU" if _is_gpu(error) else "the CPU") from error
+        raise _too_large(batch_size, option, "a GPU" if _is_gpu(error) else "the CPU") from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
-        raise _too_large(batch_size, "the CPU") from error
+        raise _too_large(batch_size, option, "the CPU") from error
 
 
 def _is_gpu(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def _too_large(batch_size: int, where: str) -> BatchTooLargeError:
+def _too_large(batch_size: int, option: str, where: str) -> BatchTooLargeError:
     remedy = (
-        f"lower batch_size, for example to {batch_size // 2}"
+        f"lower {option}, for example to {batch_size // 2}"
         if batch_size > 1
         else "use smaller images or a smaller model"
     )
