@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 
 from tests.training.small import STEPS_PER_EPOCH, small_recipe
 from visionmamba.data import BatchTooLargeError
-from visionmamba.models import load, read_header
-from visionmamba.recipes import Recipe
+from visionmamba.models import load, read_header, save
+from visionmamba.models.weights import read_tensors
+from visionmamba.recipes import Recipe, digits_deit
 from visionmamba.training import Experiment, FitResult, NonFiniteError, fit, read_metrics
 
 ROUNDING = 1e-4  # of float32 sums in another order, over eleven steps
@@ -56,6 +58,10 @@ def test_results_say_what_was_done(finished: FitResult) -> None:
     assert results["data"]["train_images"] == 1437
     assert results["recipe"]["model"]["d_model"] == 16
     assert results["versions"]["torch"]
+    assert (results["world_size"], results["strategy"]) == (1, "single")
+    assert results["unreadable"] == {"train": [], "val": []}
+    assert results["loader"]["images_per_second"] > 0
+    assert 0 <= results["loader"]["waiting_share"] <= 1
     assert results["parameters"] == sum(
         p.numel() for p in load(finished.out / "last.safetensors").parameters()
     )
@@ -174,6 +180,125 @@ def test_resume_with_another_recipe_is_refused_and_changes_nothing(tmp_path: Pat
         caught.value
     )
     assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+
+
+def test_other_classes_at_a_resume_are_named(finished: FitResult, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    results = json.loads((out / "results.json").read_text())
+    results["data"]["class_names"][3] = "three"
+    (out / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"data\.class_names\[3\] is three there and 3 here\)"):
+        train(small_recipe(), out)
+
+
+def test_run_goes_on_with_another_device_batch_size(finished: FitResult) -> None:
+    assert train(small_recipe(device_batch_size=64), finished.out).was_finished
+
+
+def test_moving_average_is_judged_and_kept_beside_the_weights(tmp_path: Path) -> None:
+    result = train(small_recipe(ema_decay=0.5), tmp_path / "run")
+    assert {"val_loss", "val_loss_ema", "val_accuracy_ema"} <= result.metrics.keys()
+    assert result.metrics["val_loss"] != result.metrics["val_loss_ema"]
+    assert result.best_ema["epoch"] == 2
+    own, average = (
+        read_tensors(result.out / name) for name in ("last.safetensors", "last_ema.safetensors")
+    )
+    assert own.keys() == average.keys()
+    assert not torch.equal(own["head.weight"], average["head.weight"])
+
+
+def test_moving_average_changes_nothing_else(finished: FitResult, tmp_path: Path) -> None:
+    result = train(small_recipe(ema_decay=0.999), tmp_path / "run")
+    expected = (finished.out / "last.safetensors").read_bytes()
+    assert (result.out / "last.safetensors").read_bytes() == expected
+
+
+def test_run_starts_from_weights_with_other_classes(finished: FitResult, tmp_path: Path) -> None:
+    weights = load(finished.out / "last.safetensors", device="cpu")
+    weights.config = replace(weights.config, num_classes=3)
+    weights.head = torch.nn.Linear(weights.config.d_model, 3)
+    save(weights, tmp_path / "three.safetensors", class_names=("a", "b", "c"))
+    recipe = small_recipe(weights=tmp_path / "three.safetensors")
+    torch.manual_seed(0)
+    model = recipe.build().task.model
+    assert model.training
+    assert torch.equal(
+        model.get_parameter("blocks.0.mixer.in_proj.weight"),
+        weights.get_parameter("blocks.0.mixer.in_proj.weight"),
+    )
+    assert model.get_parameter("head.weight").shape == (10, weights.config.d_model)
+
+
+def test_run_starts_from_weights_of_another_image_size(finished: FitResult, tmp_path: Path) -> None:
+    recipe = small_recipe(weights=finished.out / "last.safetensors", epochs=1)
+    larger = replace(
+        recipe,
+        model=replace(recipe.model, image_size=16),
+        preprocessing=replace(recipe.preprocessing, image_size=16),
+    )
+    model = larger.build().task.model
+    assert model.get_parameter("position_embedding.weight").shape[1] == 65
+
+
+def test_deit_starts_from_a_deit(tmp_path: Path) -> None:
+    recipe = replace(digits_deit(), epochs=1)
+    model = replace(recipe.model, num_classes=3).build()
+    save(model, tmp_path / "deit.safetensors")
+    started = replace(recipe, weights=tmp_path / "deit.safetensors").build().task.model
+    own, given = started.state_dict(), model.state_dict()
+    assert torch.equal(own["blocks.0.attn.qkv.weight"], given["blocks.0.attn.qkv.weight"])
+    assert own["head.weight"].shape[0] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device_batch_size": 48}, r"batch_size=128 is no multiple of 96, which 2 devices take"),
+        ({"batch_size": 127}, r"batch_size=127 cannot be shared equally by 2 devices"),
+    ],
+)
+def test_batch_that_cannot_be_shared_is_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_recipe(**changes).build(num_ranks=2)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
+    recipe = small_recipe(epochs=1, log_every_steps=1)
+    recipe = replace(recipe, model=replace(recipe.model, depth=1, drop_path=0.0, dropout=0.0))
+    eager = train(recipe, tmp_path / "eager")
+    torch.compiler.reset()
+    with warnings.catch_warnings():  # of the compiler's own
+        warnings.simplefilter("ignore")
+        compiled = train(replace(recipe, compile=True), tmp_path / "compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for expected, actual in zip(steps_of(eager), steps_of(compiled), strict=True):
+        assert actual == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_batch_size", [None, 32])
+def test_graphs_take_the_same_steps_on_a_gpu(tmp_path: Path, device_batch_size: int | None) -> None:
+    recipe = small_recipe(epochs=1, log_every_steps=1, ema_decay=0.9)
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, drop_path=0.0, dropout=0.0),
+        device_batch_size=device_batch_size,
+    )
+    eager = fit(recipe, tmp_path / "eager", device="cuda", cuda_graphs=False, progress=False)
+    graphs = fit(recipe, tmp_path / "graphs", device="cuda", progress=False)
+    for expected, actual in zip(steps_of(eager), steps_of(graphs), strict=True):
+        assert actual == pytest.approx(expected, rel=ROUNDING)
+    assert graphs.metrics["val_loss_ema"] == pytest.approx(eager.metrics["val_loss_ema"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_run_on_a_gpu_goes_on_after_a_signal(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with _Stop(out / "last.ckpt", signal.SIGINT), pytest.raises(KeyboardInterrupt):
+        fit(small_recipe(), out, device="cuda", checkpoint_every_steps=1, progress=False)
+    assert fit(small_recipe(), out, device="cuda", progress=False).steps == 2 * STEPS_PER_EPOCH
 
 
 class _Broken(Recipe):

@@ -63,6 +63,89 @@ def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert optimizer.param_groups[1]["weight_decay"] == 0
 
 
+def rates_of(config: OptimizerConfig, *, steps_per_epoch: int, epochs: int) -> list[float]:
+    """The learning rate of each step."""
+    optimizer, schedule = config.build(vim(), steps_per_epoch=steps_per_epoch, epochs=epochs)
+    rates = []
+    for _ in range(steps_per_epoch * epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_published_schedule_gives_each_epoch_the_rate_of_the_one_before() -> None:
+    config = OptimizerConfig(
+        lr=1e-3, schedule="published", warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5
+    )
+    rates = rates_of(config, steps_per_epoch=2, epochs=300)
+    assert rates[0] == rates[1] == rates[2] == rates[3] == pytest.approx(1e-6)
+    assert rates[4] == rates[5] == pytest.approx(1e-6 + (1e-3 - 1e-6) / 5)
+    assert rates[2 * 5] == pytest.approx(1e-6 + 4 * (1e-3 - 1e-6) / 5)
+    cosine = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * 150 / 300))
+    assert rates[2 * 151] == pytest.approx(cosine)
+    assert rates[-1] == pytest.approx(
+        1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * 298 / 300))
+    )
+
+
+def test_published_finetuning_keeps_one_rate() -> None:
+    config = OptimizerConfig(lr=1e-5, schedule="published", warmup_lr=1e-5, min_lr=1e-5)
+    assert rates_of(config, steps_per_epoch=1, epochs=30) == pytest.approx([1e-5] * 30)
+
+
+def test_warmup_begins_at_its_own_rate() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_lr=0.2, warmup_epochs=1, min_lr=0.5)
+    rates = rates_of(config, steps_per_epoch=4, epochs=2)
+    assert rates[:4] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    assert rates[4] == pytest.approx(1.0)
+    assert min(rates[4:]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "embedding"),
+    [
+        (VimConfig(image_size=8, patch_size=2, d_model=16, depth=3).build(), "position_embedding"),
+        (
+            DeiTConfig(image_size=8, patch_size=2, d_model=16, depth=3, num_heads=1).build(),
+            "pos_embed",
+        ),
+    ],
+    ids=["vim", "deit"],
+)
+def test_layer_decay_reaches_every_block(model: torch.nn.Module, embedding: str) -> None:
+    scales = OptimizerConfig(layer_decay=0.5).layer_scales(model)
+    assert scales.keys() == dict(model.named_parameters()).keys()
+    of_block = [
+        {scale for name, scale in scales.items() if name.startswith(f"blocks.{block}.")}
+        for block in range(3)
+    ]
+    assert of_block == [{0.125}, {0.25}, {0.5}]
+    assert {scales["head.weight"], scales["norm.weight"]} == {1.0}
+    assert {scale for name, scale in scales.items() if name.startswith(embedding)} == {0.0625}
+
+
+def test_layer_decay_and_weight_decay_hold_together() -> None:
+    model = vim()
+    optimizer, _ = OptimizerConfig(lr=1.0, warmup_epochs=0, layer_decay=0.5).build(
+        model, steps_per_epoch=1, epochs=1
+    )
+    found = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert len(found) == len(list(model.parameters()))
+    assert found[id(model.get_parameter("head.weight"))] == (1.0, 0.05)
+    assert found[id(model.get_parameter("blocks.0.norm.weight"))] == (0.5, 0.0)
+    assert found[id(model.get_parameter("blocks.0.mixer.out_proj.weight"))] == (0.5, 0.05)
+
+
+def test_layer_decay_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs parameters named blocks\.0.*; Linear has none"):
+        OptimizerConfig(layer_decay=0.5).layer_scales(torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
