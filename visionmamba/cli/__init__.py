@@ -27,16 +27,17 @@ usage: visionmamba COMMAND ...
 Vision Mamba (Vim): train, use and measure it.
 
 commands:
-  train RECIPE --out DIR        train a recipe, or go on where an interrupted run was left
-  eval WEIGHTS DATA             accuracy on digits or on a folder of labelled images
+  train RECIPE --out DIR        train a recipe, or go on where an interrupted run was left;
+                                `train finetune` is for a folder of your own
+  eval WEIGHTS DATA             accuracy of own or published weights on labelled images
   predict WEIGHTS IMAGE...      what images show
   models                        the published weights: names, accuracies, where they are
   convert IN OUT.safetensors    published weights as safetensors that eval and predict take
   info                          versions, devices, and which backend runs each operation
   demo                          train a small Vim beside a DeiT, measure both, write a report
-  bench efficiency|kernels|complexity
+  bench efficiency|kernels|complexity|loader
                                 time and memory against DeiT; the kernels one by one; operations
-                                and bytes beside the paper's formulas
+                                and bytes beside the paper's formulas; images/s of the loader
 
 options:
   -h, --help                    this text; `visionmamba COMMAND --help` for a command's options
