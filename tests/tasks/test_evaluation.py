@@ -172,6 +172,7 @@ def test_unreadable_pictures_do_not_count(weights: Path, pictures: Path) -> None
     (pictures / "val" / "cat" / "1.png").write_text("buy milk")
     found = evaluate(weights, pictures, device="cpu", on_unreadable="skip")
     assert found.num_images == found.confusion.sum() == 11
+    assert len(found.unreadable) == 1
     assert "1.png" in found.unreadable[0]
 
 

@@ -225,7 +225,7 @@ def evaluate(
         model_images_per_second=round(num_warm / warm_seconds, 1),
         class_names=images.class_names,
         confusion=counts,
-        unreadable=(*images.unreadable, *batches.unreadable),
+        unreadable=batches.unreadable,
     )
 
 
