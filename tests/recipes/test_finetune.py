@@ -127,3 +127,11 @@ def test_learns_the_opposite_from_exchanged_labels(own: Path, photos: Path, tmp_
     (train / "blue").rename(train / "red")
     (train / "kept").rename(train / "blue")
     assert accuracy(tmp_path / "run", photos, own) < 1 - EASY_ACCURACY
+
+
+@pytest.mark.gpu
+def test_learns_colours_on_a_gpu_in_low_precision(own: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = replace(finetune(photos, weights=own), epochs=6, batch_size=8, precision="bfloat16")
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=5e-3, warmup_epochs=1))
+    result = fit(recipe, tmp_path / "run", device="cuda", num_workers=2, progress=False)
+    assert result.metrics["val_accuracy"] > EASY_ACCURACY

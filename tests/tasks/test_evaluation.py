@@ -187,3 +187,11 @@ def test_headless_weights_are_refused(tmp_path: Path) -> None:
 def test_unknown_name_lists_the_published_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file, folder or published model 'vim_tony'"):
         evaluate("vim_tony", tmp_path)
+
+
+@pytest.mark.gpu
+def test_gpu_in_low_precision_agrees_with_the_cpu(weights: Path, pictures: Path) -> None:
+    on_cpu = evaluate(weights, pictures, device="cpu")
+    on_gpu = evaluate(weights, pictures, device="cuda", precision="bfloat16", num_workers=2)
+    assert on_gpu.num_images == 12
+    assert abs(on_gpu.accuracy - on_cpu.accuracy) <= 2 / 12  # near ties may fall otherwise
