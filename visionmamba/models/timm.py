@@ -20,6 +20,11 @@ _NAMES = (
     "vim_base_patch16_224",
     "vim_base_patch16_stride8_224",
 )
+_PYRAMIDS = {  # the same models, whose features_only has maps at strides 4, 8, 16 and 32
+    "vim_tiny_pyramid_patch16_224": "vim_tiny_patch16_224",
+    "vim_small_pyramid_patch16_224": "vim_small_patch16_224",
+    "vim_base_pyramid_patch16_224": "vim_base_patch16_224",
+}
 _TAG = "hustvl_in1k"
 _FEATURE_LEVELS = 4
 
@@ -34,7 +39,7 @@ def _pretrained_cfg(name: str) -> tuple[str, dict[str, Any]]:
         "paper_ids": "arXiv:2401.09417",
     }
     for released in PUBLISHED_MODELS:
-        if released.name == name:
+        if released.name == _PYRAMIDS.get(name, name):
             facts |= {
                 "hf_hub_id": released.repository,
                 "hf_hub_filename": released.filename,
@@ -46,7 +51,7 @@ def _pretrained_cfg(name: str) -> tuple[str, dict[str, Any]]:
     return name, facts
 
 
-default_cfgs = generate_default_cfgs(dict(map(_pretrained_cfg, _NAMES)))
+default_cfgs = generate_default_cfgs(dict(map(_pretrained_cfg, (*_NAMES, *_PYRAMIDS))))
 
 
 @register_model
@@ -88,22 +93,41 @@ def vim_base_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> nn.
     return _create("vim_base_patch16_stride8_224", pretrained, sizes, kwargs)
 
 
-def _create(
-    name: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]
-) -> nn.Module:
+@register_model
+def vim_tiny_pyramid_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-Ti; features_only has maps at strides 4, 8, 16 and 32."""
+    options = {"embed_dim": 192, "feature_cls": "pyramid"}
+    return _create("vim_tiny_pyramid_patch16_224", pretrained, options, kwargs)
+
+
+@register_model
+def vim_small_pyramid_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-S; features_only has maps at strides 4, 8, 16 and 32."""
+    options = {"embed_dim": 384, "feature_cls": "pyramid"}
+    return _create("vim_small_pyramid_patch16_224", pretrained, options, kwargs)
+
+
+@register_model
+def vim_base_pyramid_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Vim-B; features_only has maps at strides 4, 8, 16 and 32."""
+    options = {"embed_dim": 768, "feature_cls": "pyramid"}
+    return _create("vim_base_pyramid_patch16_224", pretrained, options, kwargs)
+
+
+def _create(name: str, pretrained: bool, own: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     # imported at the first model: visionmamba.models.vim itself imports timm, and so this file
     from visionmamba.models.timm_stages import feature_net
     from visionmamba.models.timm_vim import adapt_weights, build_vim, spread_evenly
 
-    options = {"depth": 24, **sizes, **options}
+    options = {"depth": 24, **own, **options}
+    feature_cls = options.pop("feature_cls", "getter")
     out_indices = options.pop("out_indices", None)
+    if out_indices is None and feature_cls == "pyramid":
+        out_indices = tuple(range(_FEATURE_LEVELS))
     if out_indices is None:
         steps = options["depth"] // (2 if options.get("bidirectional") == "layer" else 1)
         out_indices = spread_evenly(_FEATURE_LEVELS, steps)
-    feature_cfg = {
-        "out_indices": out_indices,
-        "feature_cls": feature_net(options.pop("feature_cls", "getter")),
-    }
+    feature_cfg = {"out_indices": out_indices, "feature_cls": feature_net(feature_cls)}
     model: nn.Module = build_model_with_cfg(
         build_vim,
         name,

@@ -18,6 +18,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from visionmamba.models.config import VimConfig
+from visionmamba.models.timm_pyramid import FeaturePyramidNet
 from visionmamba.models.timm_vim import ResidualSum, TimmVim
 from visionmamba.models.vim import SequenceLayout, run_blocks, sequence_to_map
 
@@ -28,9 +29,11 @@ def feature_net(kind: str | Callable[..., nn.Module]) -> str | Callable[..., nn.
     Nets that run or hook a model's modules one by one get VimStages instead of the model.
 
     Args:
-        kind: timm's feature_cls: "getter" (timm's FeatureGetterNet), "list", "dict", "hook", "fx",
-            or a class.
+        kind: timm's feature_cls: "getter" (timm's FeatureGetterNet), "list", "dict", "hook", "fx"
+            or a class; besides "pyramid" (FeaturePyramidNet).
     """
+    if kind == "pyramid":
+        return FeaturePyramidNet
     nets = {
         "list": FeatureListNet,
         "dict": FeatureDictNet,
