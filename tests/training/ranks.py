@@ -34,6 +34,7 @@ def train_in_ranks(
     *,
     ranks: int,
     strategy: str = "ddp",
+    launcher: str = "torchrun",
     rank_1: str | None = None,
     at_step: int = 0,
     **changes: Any,
@@ -44,6 +45,8 @@ def train_in_ranks(
         out: folder of the run.
         ranks: processes; all are killed once one has died, as launchers do.
         strategy: as fit takes it.
+        launcher: whose environment they find: "torchrun", "torchrun on machines of one process
+            each", "srun".
         rank_1: what befalls the second process after a step: "killed", "asked to stop", "not
             finite"; with one process, what befalls that.
         at_step: the step.
@@ -55,13 +58,9 @@ def train_in_ranks(
     processes = []
     for rank in range(ranks):
         environment = {
-            "TORCHELASTIC_RUN_ID": "test",
+            **_ENVIRONMENTS[launcher](rank, ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
         }
         fate = rank_1 if rank == ranks - 1 else None
         given = (out, environment, strategy, fate, at_step, changes)
@@ -74,6 +73,42 @@ def train_in_ranks(
                 process.kill()
         time.sleep(0.05)
     return [process.exitcode or 0 for process in processes]
+
+
+def _torchrun(rank: int, ranks: int) -> dict[str, str]:
+    return {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+    }
+
+
+def _torchrun_on_machines(rank: int, ranks: int) -> dict[str, str]:
+    here = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": str(rank)}
+    return {**_torchrun(rank, ranks), **here}
+
+
+def _srun(rank: int, ranks: int) -> dict[str, str]:
+    return {
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "1",
+        "SLURM_NTASKS": str(ranks),
+        "SLURM_NTASKS_PER_NODE": str(ranks),
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+    }
+
+
+_ENVIRONMENTS = {
+    "torchrun": _torchrun,
+    "torchrun on machines of one process each": _torchrun_on_machines,
+    "srun": _srun,
+}
 
 
 class _BreakingRecipe(Recipe):

@@ -1,5 +1,6 @@
 """Several processes train as one does: same steps, same files, one end for all."""
 
+import json
 import os
 import signal
 import subprocess
@@ -77,6 +78,18 @@ def test_signal_to_one_process_stops_all_with_a_checkpoint(tmp_path: Path) -> No
     assert codes == [STOPPED, STOPPED]
     state = torch.load(out / "last.ckpt", weights_only=True)["visionmamba"]
     assert state["step"] == 7  # all learn of it in the step that follows
+
+
+@pytest.mark.parametrize(
+    ("launcher", "nodes"), [("torchrun on machines of one process each", 2), ("srun", 1)]
+)
+def test_processes_of_other_launchers_find_each_other(
+    tmp_path: Path, launcher: str, nodes: int
+) -> None:
+    out = tmp_path / "run"
+    assert train_in_ranks(out, ranks=2, launcher=launcher, epochs=1) == [0, 0]
+    results = json.loads((out / "results.json").read_text())
+    assert (results["world_size"], results["nodes"]) == (2, nodes)
 
 
 def run_program(*command: str) -> None:

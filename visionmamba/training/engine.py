@@ -144,7 +144,8 @@ class Engine(lightning.LightningModule):
         norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
         assert self._loss is not None
         share = 1 / (self._experiment.passes_per_step * self._world.size)
-        shared = torch.stack([self._loss * share, self._loss.new_tensor(self._stop.is_made)])
+        asked = self._loss.new_full((), self._stop.is_made)  # made there: a copy would wait
+        shared = torch.stack([self._loss * share, asked])
         self._loss = None
         self._world.sum(shared)
         # the only wait for the device in a step

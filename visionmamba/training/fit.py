@@ -90,7 +90,7 @@ def fit(
     nodes: int = 1,
     strategy: Strategy = "auto",
     num_workers: int = 0,
-    checkpoint_every_steps: int = 50,
+    checkpoint_every_steps: int = 500,
     cuda_graphs: bool = True,
     progress: bool = True,
     command: str | None = None,
@@ -268,7 +268,10 @@ def _train(
         # theirs waits for the device before each batch; the step itself agrees on stopping
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         try:
-            with stop.listening(), explain_out_of_memory(device_batch_size):
+            with (
+                stop.listening(),
+                explain_out_of_memory(device_batch_size, option="device_batch_size"),
+            ):
                 trainer.fit(
                     engine,
                     train_dataloaders=TimedBatches(
