@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.data.test_image_files import png_that_claims
-from tests.models.published import golden_case
+from tests.models.published import drawn_weights, golden_case, published_shapes
 from visionmamba.cli import main
-from visionmamba.cli.use import Predict
+from visionmamba.cli.use import Predict, _print_evaluation
 from visionmamba.data import MAX_PIXELS, Preprocessing
 from visionmamba.models import VimConfig, load, load_published, save
+from visionmamba.tasks import Evaluation
 
 Output = pytest.CaptureFixture[str]
 
@@ -159,6 +160,42 @@ def test_eval_reports_each_class(weights: Path, pictures: Path, capsys: Output) 
     lines = capsys.readouterr().out.splitlines()
     assert " of 6 images at 16x16 px; " in lines[0]
     assert [line.split()[0] for line in lines[1:]] == ["cat", "dog"]
+
+
+def test_eval_takes_the_authors_file_at_another_size(
+    pictures: Path, tmp_path: Path, capsys: Output
+) -> None:
+    options = {"embed_dim": 16, "depth": 2, "num_classes": 2, "img_size": 64, "patch_size": 16}
+    torch.save({"model": drawn_weights(published_shapes(options), 0)}, tmp_path / "vim.pth")
+    for number, name in enumerate(("cat", "dog")):  # the file names no classes
+        (pictures / name).rename(pictures / str(number))
+    given = ["eval", str(tmp_path / "vim.pth"), str(pictures), "--device", "cpu"]
+    assert main([*given, "--image-size", "48", "80", "--out", str(tmp_path / "out")]) == 0
+    assert " of 6 images at 48x80 px; " in capsys.readouterr().out
+    assert (tmp_path / "out" / "confusion.png").is_file()
+
+
+def test_eval_shows_the_worst_of_many_classes(capsys: Output) -> None:
+    names = tuple(f"class {number:02}" for number in range(40))
+    confusion = np.diag(np.arange(40)) + np.diag(np.full(39, 5), 1)
+    evaluation = Evaluation(
+        accuracy=0.8,
+        top5_accuracy=0.9,
+        per_class=dict(zip(names, confusion.diagonal() / confusion.sum(axis=1), strict=True)),
+        num_images=int(confusion.sum()),
+        image_size=(224, 224),
+        crop_fraction=0.875,
+        images_per_second=1.0,
+        model_images_per_second=2.0,
+        class_names=names,
+        confusion=confusion,
+        unreadable=(),
+    )
+    _print_evaluation(evaluation)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "the 10 worst of 40 classes; --out DIR writes all:"
+    assert " ".join(lines[2].split()) == "class 00 0.00% of 5, most often taken for class 01"
+    assert len(lines) == 12
 
 
 def test_models_lists_the_published_weights(capsys: Output) -> None:

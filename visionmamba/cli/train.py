@@ -50,8 +50,9 @@ class RunOptions:
     divided by its devices (at most 16) on GPUs, none on the CPU."""
     checkpoint_every_steps: int = 50
     """Steps between checkpoints, beside the one after each epoch."""
-    cuda_graphs: bool = True
-    """Record forward and backward once and replay them, on one GPU."""
+    cuda_graphs: bool = False
+    """Record forward and backward of the model once and replay them, which spares the host; GPU
+    only, without --compile."""
     quiet: bool = False
     """Show no progress."""
 

@@ -47,9 +47,9 @@ def finetune(
 
     Source: ours; layer-wise decay as in BEiT (arXiv 2106.08254).
     Run:    visionmamba train finetune --data.root PICTURES --out runs/mine
-    Cost:   docs/training.md has a run with its machine.
+    Cost:   not run.
     Paper:  none.
-    Here:   docs/training.md.
+    Here:   not run on photographs; tests learn drawn pictures.
 
     Args:
         root: folder of the pictures.
