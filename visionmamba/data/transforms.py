@@ -174,6 +174,10 @@ class ImageTransform:
         self._crop = _random_crop(preprocessing, augmentation)
         self._changes = _random_changes(preprocessing, augmentation)
         self._erase = _random_erasing(augmentation)
+        self.draws_beyond_torch = augmentation is not None and bool(
+            augmentation.auto_augment or augmentation.erase_probability
+        )
+        """Whether numpy's and Python's generators are drawn from too: timm's changes do."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         if image.mode != self.preprocessing.channels:
