@@ -17,7 +17,7 @@ from tests.models.published import drawn_weights, published_shapes
 from visionmamba.cli import main
 from visionmamba.data import Digits
 from visionmamba.models import VimConfig, hub
-from visionmamba.recipes.finetune import PUBLISHED_CONFIGS
+from visionmamba.recipes.finetuning import PUBLISHED_CONFIGS
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

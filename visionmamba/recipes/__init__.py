@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from visionmamba.recipes.digits import digits_deit, digits_vim
-from visionmamba.recipes.finetune import finetune
+from visionmamba.recipes.finetuning import finetune
 from visionmamba.recipes.folder import folder_deit, folder_vim
 from visionmamba.recipes.imagenet import (
     deit_small_imagenet,

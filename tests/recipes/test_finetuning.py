@@ -12,7 +12,7 @@ from tests.models.published import drawn_weights, published_shapes
 from visionmamba.data import Preprocessing
 from visionmamba.models import VimConfig, hub, save
 from visionmamba.recipes import Recipe, finetune
-from visionmamba.recipes.finetune import PUBLISHED_CONFIGS
+from visionmamba.recipes.finetuning import PUBLISHED_CONFIGS
 from visionmamba.training import fit
 
 pytestmark = pytest.mark.once
