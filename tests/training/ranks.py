@@ -35,6 +35,7 @@ def train_in_ranks(
     ranks: int,
     strategy: str = "ddp",
     launcher: str = "torchrun",
+    device: str = "cpu",
     rank_1: str | None = None,
     at_step: int = 0,
     **changes: Any,
@@ -47,6 +48,7 @@ def train_in_ranks(
         strategy: as fit takes it.
         launcher: whose environment they find: "torchrun", "torchrun on machines of one process
             each", "srun".
+        device: "cpu" or "cuda".
         rank_1: what befalls the second process after a step: "killed", "asked to stop", "not
             finite"; with one process, what befalls that.
         at_step: the step.
@@ -63,7 +65,7 @@ def train_in_ranks(
             "MASTER_PORT": str(port),
         }
         fate = rank_1 if rank == ranks - 1 else None
-        given = (out, environment, strategy, fate, at_step, changes)
+        given = (out, environment, strategy, device, fate, at_step, changes)
         processes.append(SERVER.Process(target=_train, args=given))
     for process in processes:
         process.start()
@@ -126,6 +128,7 @@ def _train(
     out: Path,
     environment: dict[str, str],
     strategy: Any,
+    device: str,
     fate: str | None,
     at_step: int,
     changes: dict[str, Any],
@@ -144,7 +147,7 @@ def _train(
             fit(
                 recipe,
                 out,
-                device="cpu",
+                device=device,
                 strategy=strategy,
                 checkpoint_every_steps=4,
                 progress=False,

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.training.small import STEPS_PER_EPOCH, small_recipe
-from visionmamba.data import BatchTooLargeError
+from visionmamba.data import BatchTooLargeError, ImageFolder
 from visionmamba.models import load, read_header, save
 from visionmamba.models.weights import read_tensors
 from visionmamba.recipes import Recipe, digits_deit
@@ -214,6 +215,23 @@ def test_moving_average_changes_nothing_else(finished: FitResult, tmp_path: Path
     assert (result.out / "last.safetensors").read_bytes() == expected
 
 
+def test_files_left_out_are_named(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                Image.new("L", (8, 8), 40 * number).save(folder / f"{number}.png")
+    (tmp_path / "data/train/dog/1.png").write_bytes(b"no picture")
+    data = ImageFolder(root=tmp_path / "data", on_unreadable="skip")
+    result = train(small_recipe(data=data, epochs=1, batch_size=2), tmp_path / "run")
+    (line,) = (result.out / "unreadable.txt").read_text().splitlines()
+    assert line.startswith("train: ")
+    assert "dog/1.png" in line
+    results = json.loads((result.out / "results.json").read_text())
+    assert len(results["unreadable"]["train"]) == 1
+
+
 def test_run_starts_from_weights_with_other_classes(finished: FitResult, tmp_path: Path) -> None:
     weights = load(finished.out / "last.safetensors", device="cpu")
     weights.config = replace(weights.config, num_classes=3)
@@ -286,8 +304,8 @@ def test_graphs_take_the_same_steps_on_a_gpu(tmp_path: Path, device_batch_size: 
         model=replace(recipe.model, drop_path=0.0, dropout=0.0),
         device_batch_size=device_batch_size,
     )
-    eager = fit(recipe, tmp_path / "eager", device="cuda", cuda_graphs=False, progress=False)
-    graphs = fit(recipe, tmp_path / "graphs", device="cuda", progress=False)
+    eager = fit(recipe, tmp_path / "eager", device="cuda", progress=False)
+    graphs = fit(recipe, tmp_path / "graphs", device="cuda", cuda_graphs=True, progress=False)
     for expected, actual in zip(steps_of(eager), steps_of(graphs), strict=True):
         assert actual == pytest.approx(expected, rel=ROUNDING)
     assert graphs.metrics["val_loss_ema"] == pytest.approx(eager.metrics["val_loss_ema"], rel=1e-3)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,28 @@ def assert_same_run(out: Path, expected: Path) -> None:
             torch.testing.assert_close(tensor, tensors[key], rtol=0.02, atol=2e-4, msg=key)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_follow_one(alone: Path, tmp_path: Path, strategy: str) -> None:
-    assert train_in_ranks(tmp_path / "run", ranks=2, strategy=strategy) == [0, 0]
+@pytest.mark.parametrize(
+    ("strategy", "recompute"),
+    [("ddp", False), ("fsdp", False), ("fsdp", True)],
+    ids=["ddp", "fsdp", "fsdp-activation-checkpointing"],
+)
+def test_two_processes_follow_one(
+    alone: Path, tmp_path: Path, strategy: str, recompute: bool
+) -> None:
+    model = replace(shared_recipe().model, activation_checkpointing=recompute)
+    codes = train_in_ranks(tmp_path / "run", ranks=2, strategy=strategy, model=model)
+    assert codes == [0, 0]
     assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_follow_one(tmp_path: Path, strategy: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train_in_ranks(one, ranks=1, strategy="auto", device="cuda") == [0]
+    assert train_in_ranks(two, ranks=2, strategy=strategy, device="cuda") == [0, 0]
+    assert_same_run(two, one)
 
 
 @pytest.mark.slow
