@@ -343,6 +343,8 @@ def test_absent_entry_of_a_checkpoint_is_named(small, tmp_path):
     torch.save({"model": small[1]}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="no entry 'model_ema'; use which='model'"):
         load_published(tmp_path / "x.pth", which="model_ema")
+    with pytest.raises(ValueError, match="no checkpoint with an entry 'model_ema'; leave `which`"):
+        load_published(small[1], which="model_ema")
 
 
 def test_own_file_is_sent_to_load(small, tmp_path):

@@ -350,6 +350,12 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(compiled(images), model(images), **SAME)
 
 
+def test_exports_as_one_program() -> None:
+    model, images = create(depth=2), torch.randn(2, 3, 64, 64)
+    program = torch.export.export(model, (images,))
+    torch.testing.assert_close(program.module()(images), model(images), **SAME)
+
+
 def test_feature_nets_can_be_optimized() -> None:
     net, images = create(features_only=True), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(visionmamba.optimize(net)(images), net(images), **SAME)

@@ -72,6 +72,8 @@ def _find_state(contents: object, name: str, which: Which) -> Checkpoint:
         if isinstance(contents.get("args"), argparse.Namespace):
             args = vars(contents["args"])
         unused = [str(key) for key in contents if key not in (which, "args")]
+    elif which != "model":
+        raise ValueError(f"{name} is no checkpoint with an entry {which!r}; leave `which` out")
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{name} holds no state_dict of tensors; wanted the authors' checkpoint")
     return Checkpoint(name=name, state=dict(state), args=args, unused=tuple(unused))
