@@ -1,8 +1,10 @@
 """`visionmamba train` as a user meets it: arguments of recipes, sources of data, usual mistakes."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ import torch
 from PIL import Image
 
 from visionmamba.cli import main
+from visionmamba.cli.train import RunOptions
 from visionmamba.data import Preprocessing
 from visionmamba.models import Vim, VimConfig, read_header, save
+from visionmamba.training import fit
 
 pytestmark = pytest.mark.once
 
@@ -67,7 +71,7 @@ def test_finetunes_a_folder_from_own_weights(
     header = read_header(tmp_path / "run" / "best.safetensors")
     assert header.class_names == ("cat", "dog")
     assert header.preprocessing["image_size"] == [24, 24]
-    assert header.config["image_size"] == (24, 24) or header.config["image_size"] == 24
+    assert header.config["image_size"] == 24
 
 
 def test_arguments_of_a_recipe_are_options(tmp_path: Path, capsys: Output) -> None:
@@ -211,6 +215,7 @@ def test_memory_that_runs_out(
     assert main(command) == 1
     assert capsys.readouterr().err.startswith(
         "visionmamba: a batch of 4 images does not fit into the memory of the CPU; lower "
+        "device_batch_size, for example to 2"
     )
     assert not (tmp_path / "run").exists()
 
@@ -224,6 +229,13 @@ def test_loss_that_is_not_finite(command: list[str], weights: Path, capsys: Outp
     sentence = capsys.readouterr().err
     assert "training stopped at step 1 with learning rate" in sentence
     assert "norm.weight" in sentence
+
+
+def test_defaults_are_those_of_fit() -> None:
+    taken = inspect.signature(fit).parameters
+    options = {field.name: field.default for field in fields(RunOptions)}
+    names = ("device", "devices", "nodes", "strategy", "checkpoint_every_steps", "cuda_graphs")
+    assert {name: options[name] for name in names} == {name: taken[name].default for name in names}
 
 
 def test_run_says_what_it_took(command: list[str], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class RunOptions:
     num_workers: int | None = None
     """Processes that prepare images beside the one of each device; by default the machine's cores
     divided by its devices (at most 16) on GPUs, none on the CPU."""
-    checkpoint_every_steps: int = 50
+    checkpoint_every_steps: int = 500
     """Steps between checkpoints, beside the one after each epoch."""
     cuda_graphs: bool = False
     """Record forward and backward of the model once and replay them, which spares the host; GPU
