@@ -16,9 +16,9 @@ from PIL import Image
 
 from tests.training.small import STEPS_PER_EPOCH, small_recipe
 from visionmamba.data import BatchTooLargeError, ImageFolder
-from visionmamba.models import load, read_header, save
+from visionmamba.models import load, read_header
 from visionmamba.models.weights import read_tensors
-from visionmamba.recipes import Recipe, digits_deit
+from visionmamba.recipes import Recipe
 from visionmamba.training import Experiment, FitResult, NonFiniteError, fit, read_metrics
 
 ROUNDING = 1e-4  # of float32 sums in another order, over eleven steps
@@ -230,55 +230,6 @@ def test_files_left_out_are_named(tmp_path: Path) -> None:
     assert "dog/1.png" in line
     results = json.loads((result.out / "results.json").read_text())
     assert len(results["unreadable"]["train"]) == 1
-
-
-def test_run_starts_from_weights_with_other_classes(finished: FitResult, tmp_path: Path) -> None:
-    weights = load(finished.out / "last.safetensors", device="cpu")
-    weights.config = replace(weights.config, num_classes=3)
-    weights.head = torch.nn.Linear(weights.config.d_model, 3)
-    save(weights, tmp_path / "three.safetensors", class_names=("a", "b", "c"))
-    recipe = small_recipe(weights=tmp_path / "three.safetensors")
-    torch.manual_seed(0)
-    model = recipe.build().task.model
-    assert model.training
-    assert torch.equal(
-        model.get_parameter("blocks.0.mixer.in_proj.weight"),
-        weights.get_parameter("blocks.0.mixer.in_proj.weight"),
-    )
-    assert model.get_parameter("head.weight").shape == (10, weights.config.d_model)
-
-
-def test_run_starts_from_weights_of_another_image_size(finished: FitResult, tmp_path: Path) -> None:
-    recipe = small_recipe(weights=finished.out / "last.safetensors", epochs=1)
-    larger = replace(
-        recipe,
-        model=replace(recipe.model, image_size=16),
-        preprocessing=replace(recipe.preprocessing, image_size=16),
-    )
-    model = larger.build().task.model
-    assert model.get_parameter("position_embedding.weight").shape[1] == 65
-
-
-def test_deit_starts_from_a_deit(tmp_path: Path) -> None:
-    recipe = replace(digits_deit(), epochs=1)
-    model = replace(recipe.model, num_classes=3).build()
-    save(model, tmp_path / "deit.safetensors")
-    started = replace(recipe, weights=tmp_path / "deit.safetensors").build().task.model
-    own, given = started.state_dict(), model.state_dict()
-    assert torch.equal(own["blocks.0.attn.qkv.weight"], given["blocks.0.attn.qkv.weight"])
-    assert own["head.weight"].shape[0] == 10
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"device_batch_size": 48}, r"batch_size=128 is no multiple of 96, which 2 devices take"),
-        ({"batch_size": 127}, r"batch_size=127 cannot be shared equally by 2 devices"),
-    ],
-)
-def test_batch_that_cannot_be_shared_is_refused(changes: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small_recipe(**changes).build(num_ranks=2)
 
 
 @pytest.mark.slow

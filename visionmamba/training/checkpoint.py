@@ -11,9 +11,6 @@ import torch
 from pytorch_lightning.plugins import CheckpointIO
 from typing_extensions import override
 
-CHECKPOINT = "last.ckpt"
-"""Name of a run's checkpoint in its folder."""
-
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file under a temporary name, forces it to the disk, and only then renames it.

@@ -5,12 +5,11 @@ import logging
 import platform
 import random
 import shlex
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -23,6 +22,18 @@ from visionmamba import __version__
 from visionmamba.data import explain_out_of_memory
 from visionmamba.models.weights import resolve_device
 from visionmamba.training.experiment import Experiment, Recipe
+from visionmamba.training.folder import (
+    CHECKPOINT,
+    CURVES,
+    LOGS,
+    METRICS,
+    RECIPE,
+    RESULTS,
+    identity_of,
+    refuse_foreign_files,
+    refuse_other_recipe,
+    remove_leftovers,
+)
 from visionmamba.training.world import World, device_of, find_world
 
 if TYPE_CHECKING:
@@ -31,16 +42,6 @@ if TYPE_CHECKING:
 Strategy = Literal["auto", "ddp", "fsdp"]
 """How several processes share the work of a step."""
 
-RESULTS = "results.json"
-_RECIPE = "recipe.json"
-_METRICS = "metrics.csv"
-_CURVES = "curves.png"
-_LOGS = "tensorboard"
-_OWN_FILES = (
-    _RECIPE, _METRICS, _CURVES, "unreadable.txt",
-    "best.safetensors", "last.safetensors", "best_ema.safetensors", "last_ema.safetensors",
-)  # fmt: skip
-_MAY_DIFFER = ("device_batch_size", "compile")  # of a recipe whose run is taken up again
 _RESULT_FIELDS = (
     "metrics", "best", "best_ema", "epochs", "steps", "seconds", "images_per_second", "parameters",
 )  # fmt: skip
@@ -137,17 +138,15 @@ def fit(
         raise ValueError(f'strategy must be "auto", "ddp" or "fsdp", got {strategy!r}')
     out = Path(out)
     world = find_world(devices=devices, nodes=nodes)
-    _refuse_foreign_files(out)
+    refuse_foreign_files(out)
     target = device_of(world, resolve_device(device))
     with _randomness_kept(target):
         torch.manual_seed(recipe.seed)
         experiment = recipe.build(num_workers=num_workers, rank=world.rank, num_ranks=world.size)
-    identity = _identity(recipe, experiment)
+    identity = identity_of(recipe, experiment)
     if (out / RESULTS).exists():
         return _finished(out, identity)
     _require_lightning()
-    from visionmamba.training.checkpoint import CHECKPOINT
-
     is_new = not (out / CHECKPOINT).exists()
     is_own_folder = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +170,7 @@ def fit(
         if world.size > 1 and not had_group and distributed.is_initialized():
             distributed.destroy_process_group()
         if world.is_main and is_new and not (out / CHECKPOINT).exists():
-            _remove_leftovers(out, with_folder=is_own_folder)
+            remove_leftovers(out, with_folder=is_own_folder)
 
 
 def _train(
@@ -191,12 +190,7 @@ def _train(
     import pytorch_lightning as lightning
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    from visionmamba.training.checkpoint import (
-        CHECKPOINT,
-        AtomicCheckpointIO,
-        read_checkpoint,
-        replace_json,
-    )
+    from visionmamba.training.checkpoint import AtomicCheckpointIO, read_checkpoint, replace_json
     from visionmamba.training.curves import draw_curves
     from visionmamba.training.engine import STATE_KEY, Engine
     from visionmamba.training.loader import LoaderTimes, TimedBatches
@@ -208,9 +202,9 @@ def _train(
     state: dict[str, Any] = {}
     if checkpoint.exists():
         state = read_checkpoint(checkpoint)[STATE_KEY]
-        _refuse_other_recipe(out, json.loads(state["identity"]), identity)
+        refuse_other_recipe(out, json.loads(state["identity"]), identity)
     if world.is_main:
-        replace_json(out / _RECIPE, identity)
+        replace_json(out / RECIPE, identity)
     stop = StopRequest(num_processes=world.size)
     passes = experiment.passes_per_step
     device_batch_size = experiment.batch_size // (world.size * passes)
@@ -255,7 +249,7 @@ def _train(
             max_epochs=experiment.epochs,
             accumulate_grad_batches=passes,
             logger=TensorBoardLogger(
-                out, name="", version=_LOGS, purge_step=state["step"] + 1 if state else None
+                out, name="", version=LOGS, purge_step=state["step"] + 1 if state else None
             ),
             callbacks=callbacks,
             plugins=[AtomicCheckpointIO(), *_cluster(world)],
@@ -290,7 +284,7 @@ def _train(
     result = _result(experiment, out, recorder, steps=trainer.global_step)
     if not world.is_main:
         return result
-    draw_curves(out / _METRICS, out / _CURVES, monitor=experiment.task.monitor, title=recipe.name)
+    draw_curves(out / METRICS, out / CURVES, monitor=experiment.task.monitor, title=recipe.name)
     values = {name: getattr(result, name) for name in _RESULT_FIELDS}
     facts = {
         "device": str(device),
@@ -358,76 +352,8 @@ def _result(experiment: Experiment, out: Path, recorder: "Recorder", *, steps: i
 
 def _finished(out: Path, identity: dict[str, Any]) -> FitResult:
     values = json.loads((out / RESULTS).read_text(encoding="utf-8"))
-    _refuse_other_recipe(out, {name: values[name] for name in identity}, identity)
+    refuse_other_recipe(out, {name: values[name] for name in identity}, identity)
     return FitResult(out=out, was_finished=True, **{name: values[name] for name in _RESULT_FIELDS})
-
-
-def _identity(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
-    """Returns all that decides a run's result, as plain values."""
-    assert is_dataclass(recipe) and not isinstance(recipe, type)
-    plain: dict[str, Any] = json.loads(
-        json.dumps({"recipe": asdict(recipe), "data": experiment.data_summary}, default=str)
-    )
-    return plain
-
-
-def _refuse_other_recipe(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    flat_there, flat_here = _flat(there), _flat(here)
-    differences = [
-        _difference(name, flat_there.get(name, "absent"), flat_here.get(name, "absent"))
-        for name in sorted((flat_there.keys() | flat_here.keys()) - set(_MAY_DIFFER))
-        if flat_there.get(name, "absent") != flat_here.get(name, "absent")
-    ]
-    if differences:
-        raise ValueError(
-            f"{out} holds a run of another recipe ({'; '.join(differences)}); "
-            "repeat its options to go on with it, or give another --out"
-        )
-
-
-def _difference(name: str, there: Any, here: Any) -> str:
-    if isinstance(there, list) and isinstance(here, list) and max(len(there), len(here)) > 4:
-        if len(there) != len(here):
-            return f"{name} has {len(there)} entries there and {len(here)} here"
-        pairs = enumerate(zip(there, here, strict=True))
-        number, (first, second) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
-        return f"{name}[{number}] is {first} there and {second} here"
-    return f"{name} is {there} there and {here} here"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}".removeprefix("recipe.")] = value
-    return flat
-
-
-def _refuse_foreign_files(out: Path) -> None:
-    """Raises ValueError when files of somebody else would be overwritten."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, wanted a folder for the run; give another --out")
-    if (out / _RECIPE).exists():
-        return
-    for name in (*_OWN_FILES, RESULTS, "last.ckpt"):
-        if (out / name).exists():
-            raise ValueError(
-                f"{out} holds a {name} but no {_RECIPE}, so it is not a run of ours and is left "
-                "alone; give another --out"
-            )
-
-
-def _remove_leftovers(out: Path, *, with_folder: bool) -> None:
-    """Removes what a run wrote that came to an end before its first checkpoint."""
-    from visionmamba.training.checkpoint import CHECKPOINT
-
-    for name in (*_OWN_FILES, f"{_METRICS}.tmp", f"{_RECIPE}.tmp", f"{CHECKPOINT}.tmp"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / _LOGS, ignore_errors=True)
-    if with_folder:
-        out.rmdir()
 
 
 def _require_lightning() -> None:

@@ -11,17 +11,15 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
-from visionmamba.training.checkpoint import CHECKPOINT, replace_file
+from visionmamba.training.checkpoint import replace_file
 from visionmamba.training.engine import STATE_KEY, Engine
 from visionmamba.training.experiment import Experiment, Task
+from visionmamba.training.folder import CHECKPOINT, METRICS, UNREADABLE
 from visionmamba.training.loader import LoaderTimes
 from visionmamba.training.metrics import MetricsFile
 from visionmamba.training.sharding import whole_state
 from visionmamba.training.stopping import Interrupted, StopRequest
 from visionmamba.training.world import World
-
-UNREADABLE = "unreadable.txt"
-"""Names the files that could not be read, where there are any."""
 
 
 class Recorder(lightning.Callback):
@@ -66,7 +64,7 @@ class Recorder(lightning.Callback):
             names = experiment.task.metric_names
             if experiment.ema_decay is not None:
                 names += tuple(f"{name}_ema" for name in names)
-            path = out / "metrics.csv"
+            path = out / METRICS
             self._file = MetricsFile(path, metric_names=names, last_step=self.saved_step)
             self._writer = copy.deepcopy(experiment.task)  # stays whole, on the CPU
 
