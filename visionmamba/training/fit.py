@@ -290,7 +290,7 @@ def _train(
         "device": str(device),
         "world_size": world.size,
         "nodes": world.nodes,
-        "strategy": "single" if world.size == 1 and strategy != "fsdp" else strategy,
+        "strategy": _strategy_name(strategy, world),
         "device_batch_size": device_batch_size,
         "passes_per_step": passes,
         "loader": {
@@ -305,6 +305,12 @@ def _train(
     }
     replace_json(out / RESULTS, {"name": recipe.name, **values, **facts, **identity})
     return result
+
+
+def _strategy_name(strategy: Strategy, world: World) -> str:
+    if strategy == "fsdp":
+        return strategy
+    return "ddp" if world.size > 1 else "single"
 
 
 def _trainer_devices(world: World, device: torch.device) -> list[int] | int:
