@@ -1,9 +1,12 @@
 """The moving average of the weights."""
 
+import pytest
 import torch
 from torch import nn
 
 from visionmamba.training.average import MovingAverage
+
+pytestmark = pytest.mark.once
 
 
 class Counted(nn.Module):

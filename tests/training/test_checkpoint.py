@@ -7,6 +7,8 @@ import torch
 
 from visionmamba.training.checkpoint import read_checkpoint, replace_file
 
+pytestmark = pytest.mark.once
+
 
 def test_failed_write_leaves_the_former_file(tmp_path: Path) -> None:
     path = tmp_path / "file"

@@ -233,6 +233,7 @@ def test_files_left_out_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once  # torch.compile needs a C++ compiler of its own
 def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
     recipe = small_recipe(epochs=1, log_every_steps=1)
     recipe = replace(recipe, model=replace(recipe.model, depth=1, drop_path=0.0, dropout=0.0))

@@ -7,6 +7,8 @@ import pytest
 
 from visionmamba.training.loader import LoaderTimes, TimedBatches
 
+pytestmark = pytest.mark.once
+
 
 class SlowBatches:
     """Three batches, each 20 ms in the making."""

@@ -7,6 +7,8 @@ import pytest
 from visionmamba.training import read_metrics
 from visionmamba.training.metrics import MetricsFile
 
+pytestmark = pytest.mark.once
+
 NAMES = ("val_loss", "val_accuracy")
 ROWS = [
     {"step": 2.0, "epoch": 1.0, "lr": 0.1, "train_loss": 2.5, "gradient_norm": 1.0},

@@ -8,6 +8,8 @@ import torch
 from visionmamba.models import DeiTConfig, VimConfig
 from visionmamba.training import OptimizerConfig
 
+pytestmark = pytest.mark.once
+
 
 def vim() -> torch.nn.Module:
     return VimConfig(image_size=8, patch_size=2, in_channels=1, d_model=16, depth=1).build()

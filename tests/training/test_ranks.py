@@ -20,9 +20,12 @@ from visionmamba.training import fit, read_metrics
 ROUNDING = 1e-3  # of float32 sums in another order, over 22 steps
 WEIGHTS = ("last", "best", "last_ema", "best_ema")
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32", reason="gloo and signals are tested on POSIX systems"
-)
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(
+        sys.platform == "win32", reason="gloo and signals are tested on POSIX systems"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

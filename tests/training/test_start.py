@@ -10,6 +10,8 @@ from tests.training.small import small_recipe
 from visionmamba.models import Vim, save
 from visionmamba.recipes import digits_deit
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def trained() -> Vim:

@@ -5,6 +5,8 @@ import torch
 
 from visionmamba.training.world import World, device_of, find_world
 
+pytestmark = pytest.mark.once
+
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "1",
     "WORLD_SIZE": "16",
