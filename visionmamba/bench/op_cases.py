@@ -267,54 +267,33 @@ def _fused_cases(
     )
 
 
-def _given_scans(
-    x: "torch.Tensor",
-    dt: "torch.Tensor",
-    B: "torch.Tensor",
-    C: "torch.Tensor",
-    A: "torch.Tensor",
-    D: "torch.Tensor",
-    dt_bias: "torch.Tensor",
-) -> "tuple[torch.Tensor, ...]":
+def _given_scans(*both: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
     """Return y of both directions from one launch; every tensor holds both."""
     from visionmamba.ops.cuda.scan import Direction, scan_forward
 
     directions = [
         Direction(
-            x=x[i],
-            dt=dt[i],
-            A=A[i],
-            B=B[i],
-            C=C[i],
-            D=D[i],
-            dt_bias=dt_bias[i],
+            x=x,
+            dt=dt,
+            A=A,
+            B=B,
+            C=C,
+            D=D,
+            dt_bias=dt_bias,
             initial_state=None,
             reverse=i == 1,
         )
-        for i in (0, 1)
+        for i, (x, dt, B, C, A, D, dt_bias) in enumerate(zip(*both, strict=True))
     ]
     return tuple(y for y, _ in scan_forward(directions, dt_softplus=True))
 
 
-def _given_scans_on_cpu(
-    x: "torch.Tensor",
-    dt: "torch.Tensor",
-    B: "torch.Tensor",
-    C: "torch.Tensor",
-    A: "torch.Tensor",
-    D: "torch.Tensor",
-    dt_bias: "torch.Tensor",
-) -> "tuple[torch.Tensor, ...]":
+def _given_scans_on_cpu(*both: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
     from visionmamba.ops import selective_scan
 
     return tuple(
-        selective_scan(
-            *(x[i], dt[i], A[i], B[i], C[i], D[i]),
-            dt_bias=dt_bias[i],
-            dt_softplus=True,
-            reverse=i == 1,
-        )
-        for i in (0, 1)
+        selective_scan(x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True, reverse=i == 1)
+        for i, (x, dt, B, C, A, D, dt_bias) in enumerate(zip(*both, strict=True))
     )
 
 

@@ -14,6 +14,7 @@ batch_size scale optimizer.lr with it, as the authors' code does (warm-up and en
 The data are looked for in ./imagenet/{train,val}/n01440764/*.JPEG; --data.root says where else.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -199,26 +200,6 @@ def _from_scratch(
 
 
 def _long(name: str, model: VimConfig, weights: str) -> Recipe:
-    return Recipe(
-        name=name,
-        data=_IMAGENET,
-        model=model,
-        weights=weights,
-        preprocessing=_PREPROCESSING,
-        augmentation=_AUGMENTATION,
-        mixing=_MIXING,
-        optimizer=OptimizerConfig(
-            lr=1e-5,
-            schedule="published",
-            warmup_epochs=5,
-            warmup_lr=1e-5,
-            min_lr=1e-5,
-            weight_decay=1e-8,
-            decay_a_log=True,
-            clip_norm=None,
-        ),
-        epochs=30,
-        batch_size=1024,
-        label_smoothing=0.1,
-        ema_decay=_EMA_DECAY,
-    )
+    recipe = _from_scratch(name, model, batch_size=1024, weight_decay=1e-8)
+    optimizer = replace(recipe.optimizer, lr=1e-5, warmup_lr=1e-5)
+    return replace(recipe, weights=weights, optimizer=optimizer, epochs=30)

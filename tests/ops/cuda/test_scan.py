@@ -245,9 +245,8 @@ def mixer_gradients(given, dscan, rank, states=None):
     return dict(zip(MIXER_NAMES, found, strict=True))
 
 
-@pytest.mark.parametrize("shape", MIXER_SHAPES, ids=str)
-def test_mixer_scans_match_float64(shape):
-    given = make_mixer(shape)
+def assert_mixer_scans_agree(given):
+    """Compare values and every gradient with float64."""
     dscan = torch.randn_like(given["u"][0])
     expected = mixer_values_in_float64(given, 12)
     tolerance = VALUE_TOLERANCE[torch.bfloat16]
@@ -255,6 +254,11 @@ def test_mixer_scans_match_float64(shape):
     expected = mixer_gradients_in_float64(given, dscan, 12)
     for name, actual in mixer_gradients(given, dscan, 12).items():
         assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("shape", MIXER_SHAPES, ids=str)
+def test_mixer_scans_match_float64(shape):
+    assert_mixer_scans_agree(make_mixer(shape))
 
 
 @pytest.mark.parametrize(("rank", "d_state"), [(4, 16), (24, 16), (48, 16), (3, 16), (12, 8)])
@@ -292,14 +296,7 @@ def test_mixer_scans_write_over_their_input(shape):
 
 
 def test_mixer_scans_with_huge_steps_stay_finite_and_right():
-    given = make_mixer((2, 48, 197), largest_step=40.0)
-    dscan = torch.randn_like(given["u"][0])
-    expected = mixer_values_in_float64(given, 12)
-    tolerance = VALUE_TOLERANCE[torch.bfloat16]
-    assert relative_error(mixer_scan_forward(**given, rank=12), expected) < tolerance
-    expected = mixer_gradients_in_float64(given, dscan, 12)
-    for name, actual in mixer_gradients(given, dscan, 12).items():
-        assert relative_error(actual, expected[name]) < GRADIENT_TOLERANCE, name
+    assert_mixer_scans_agree(make_mixer((2, 48, 197), largest_step=40.0))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -378,14 +375,7 @@ def test_a_million_tokens_match_float64():
 
 @pytest.mark.slow
 def test_mixer_scans_of_a_million_tokens_match_float64():
-    given = make_mixer(MILLION)
-    dscan = torch.randn_like(given["u"][0])
-    expected = mixer_values_in_float64(given, 12)
-    tolerance = VALUE_TOLERANCE[torch.bfloat16]
-    assert relative_error(mixer_scan_forward(**given, rank=12), expected) < tolerance
-    gradients = mixer_gradients_in_float64(given, dscan, 12)
-    for name, actual in mixer_gradients(given, dscan, 12).items():
-        assert relative_error(actual, gradients[name]) < GRADIENT_TOLERANCE, name
+    assert_mixer_scans_agree(make_mixer(MILLION))
 
 
 @pytest.mark.slow
