@@ -52,7 +52,12 @@ def supports_conv_project(x: Tensor, conv_weight: Tensor, weight: Tensor) -> boo
 
 
 def conv_project(
-    x: Tensor, conv_weight: Tensor, conv_bias: Tensor, weight: Tensor
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    weight: Tensor,
+    *,
+    projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return SiLU of both convolutions of x, and each times its weight.
 
@@ -63,6 +68,7 @@ def conv_project(
         x: (B, L, 384); strided rows are read in place.
         conv_weight: (2, 384, K) float32, contiguous; conv_bias: (2, 384) float32, contiguous.
         weight: (2, P, 384) in x's dtype, contiguous, on addresses of whole 16 bytes.
+        projected: (2, B, L, P) in x's dtype, contiguous: receives the projections.
 
     Returns:
         u (2, B, L, 384) and projected (2, B, L, P), contiguous, in x's dtype.
@@ -70,7 +76,8 @@ def conv_project(
     batch, length, _ = x.shape
     width, size = weight.shape[1], x.element_size()
     u = torch.empty((2, batch, length, _CHANNELS), dtype=x.dtype, device=x.device)
-    projected = torch.empty((2, batch, length, width), dtype=x.dtype, device=x.device)
+    if projected is None:
+        projected = torch.empty((2, batch, length, width), dtype=x.dtype, device=x.device)
     on = kernels("conv_project", x.device)
     runs, run, blocks = _plan(batch, length, on.num_multiprocessors)
     problem = _ConvProject(

@@ -5,6 +5,8 @@ sizes inside, the gate, one product. The backward makes the convolutions' result
 again, because both are cheaper to make than to keep.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -200,7 +202,7 @@ def fused_block(
         xz = F.linear(hidden, packed.in_weight)
         del hidden
     x, z = xz[..., :d_inner], xz[..., d_inner:]
-    u, projected = _convolve_and_project(x, packed)
+    u, projected = _convolve_and_project(x, packed, scratch=branch)
     y = mixer_scan_forward(
         u,
         projected,
@@ -218,9 +220,19 @@ def fused_block(
     return out if layer_scale is None else out * layer_scale.to(out.dtype), total
 
 
-def _convolve_and_project(x: Tensor, packed: PackedMixer) -> tuple[Tensor, Tensor]:
-    """Return u (2, B, L, E) and projected (2, B, L, P) of x (B, L, E)."""
+def _convolve_and_project(
+    x: Tensor, packed: PackedMixer, *, scratch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return u (2, B, L, E) and projected (2, B, L, P) of x (B, L, E).
+
+    Projected may lie in the memory of scratch, a contiguous tensor in x's dtype.
+    """
     if supports_conv_project(x, packed.conv_weight, packed.x_weight):
-        return conv_project(x, packed.conv_weight, packed.conv_bias, packed.x_weight)
+        weights = packed.conv_weight, packed.conv_bias, packed.x_weight
+        shape = (2, *x.shape[:2], packed.x_weight.shape[1])
+        size = math.prod(shape)
+        if scratch is None or scratch.numel() < size:
+            return conv_project(x, *weights)
+        return conv_project(x, *weights, projected=scratch.view(-1)[:size].view(shape))
     u = conv_forward(x, packed.conv_weight, packed.conv_bias, (False, True), True)
     return u, _project(u, packed.x_weight)
