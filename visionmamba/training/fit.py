@@ -148,8 +148,9 @@ def fit(
         return _finished(out, identity)
     _require_lightning()
     is_new = not (out / CHECKPOINT).exists()
-    is_own_folder = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    is_own_folder = world.is_main and not out.exists()
+    if world.is_main:
+        out.mkdir(parents=True, exist_ok=True)
     had_group = distributed.is_available() and distributed.is_initialized()
     try:
         with _randomness_kept(target):
