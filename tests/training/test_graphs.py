@@ -15,14 +15,14 @@ CONFIG = VimConfig(image_size=32, patch_size=8, d_model=64, depth=3, num_classes
 def losses_of(model: nn.Module, *, accumulate: int = 1, steps: int = 8) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(8, 3, 32, 32, generator=generator).cuda() for _ in range(accumulate)]
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
         for part in range(accumulate):
-            images = torch.randn(8, 3, 32, 32, generator=generator).cuda()
             labels = (torch.arange(8) + part).cuda() % 5
             with torch.autocast("cuda", torch.bfloat16):
-                loss = nn.functional.cross_entropy(model(images).float(), labels)
+                loss = nn.functional.cross_entropy(model(batches[part]).float(), labels)
             torch.autograd.backward(loss / accumulate)
             losses.append(loss.item())
         optimizer.step()

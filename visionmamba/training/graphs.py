@@ -107,6 +107,7 @@ def _record(
         for _ in range(_WARM_UP_RUNS):  # kernels are compiled and workspaces made outside
             output = run()
             differentiate(output, torch.zeros_like(output))
+            del output  # its graph would tie the gradients of the recording to this stream
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # a recording takes its memory anew
