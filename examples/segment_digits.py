@@ -1,6 +1,7 @@
 """Segment handwritten digits: Vim as encoder of segmentation-models-pytorch's DPT.
 
-Run:    pip install 'visionmamba[train]' 'segmentation-models-pytorch' && python examples/segment_digits.py
+Run:    pip install visionmamba[train] segmentation-models-pytorch
+        python examples/segment_digits.py
 Learns on scenes of scikit-learn's real digits, which need no download, and prints how well held-out
 digits are covered; about 25 seconds on two CPU cores.
 """
