@@ -274,7 +274,7 @@ def test_misspelt_recipe_names_the_valid_ones(capsys: Output) -> None:
     assert main(["train", "digit_vim", "--out", "x"]) == 2
     assert complaint(capsys).startswith(
         "there is no recipe digit_vim, did you mean digits_vim?; "
-        "valid recipes: finetune, folder_vim, folder_deit, digits_vim, digits_deit, "
+        "valid recipes: finetune, folder_vim, folder_deit, "
     )
 
 

@@ -16,6 +16,7 @@ from visionmamba.recipes.imagenet import (
     vim_tiny_long_imagenet,
 )
 from visionmamba.recipes.recipe import Recipe
+from visionmamba.recipes.scratch import deit_tiny_folder, vim_tiny_folder
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     make.__name__: make
@@ -23,6 +24,8 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         finetune,
         folder_vim,
         folder_deit,
+        vim_tiny_folder,
+        deit_tiny_folder,
         digits_vim,
         digits_deit,
         vim_tiny_imagenet,
@@ -41,6 +44,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "deit_small_imagenet",
+    "deit_tiny_folder",
     "deit_tiny_imagenet",
     "digits_deit",
     "digits_vim",
@@ -51,6 +55,7 @@ __all__ = [
     "vim_base_long_imagenet",
     "vim_small_imagenet",
     "vim_small_long_imagenet",
+    "vim_tiny_folder",
     "vim_tiny_imagenet",
     "vim_tiny_long_imagenet",
 ]
