@@ -1,6 +1,6 @@
 """From files to batches: image sets, their preparation for a model, loaders that can be resumed."""
 
-from visionmamba.data.batches import PADDING, Batch, EvalBatches, TrainBatches, derive_seed
+from visionmamba.data.batches import Batch, EvalBatches, TrainBatches
 from visionmamba.data.image_files import (
     MAX_PIXELS,
     UnreadableImageError,
@@ -9,6 +9,7 @@ from visionmamba.data.image_files import (
     open_image,
 )
 from visionmamba.data.libraries import HuggingFaceData, TimmData
+from visionmamba.data.loading import PADDING, derive_seed
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
 from visionmamba.data.mixing import Mixing
 from visionmamba.data.sets import (
