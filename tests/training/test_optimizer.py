@@ -1,12 +1,14 @@
 """Parameter groups and learning rate."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from visionmamba.models import DeiTConfig, VimConfig
 from visionmamba.training import OptimizerConfig
+from visionmamba.training.backbone import blocks_of
 
 pytestmark = pytest.mark.once
 
@@ -96,6 +98,26 @@ def test_published_finetuning_keeps_one_rate() -> None:
     assert rates_of(config, steps_per_epoch=1, epochs=30) == pytest.approx([1e-5] * 30)
 
 
+def test_linear_schedule_is_that_of_the_published_segmentation() -> None:
+    config = OptimizerConfig(
+        lr=2e-4, schedule="linear", warmup_steps=1500, warmup_lr=2e-10, min_lr=0.0
+    )
+
+    def published(step: int) -> float:
+        """mmcv's poly of power 1 with linear warm-up of ratio 1e-6."""
+        line = 2e-4 * (1 - step / 60_000)
+        return line * (1 - (1 - step / 1500) * (1 - 1e-6)) if step < 1500 else line
+
+    _, schedule = config.build(vim(), steps_per_epoch=1000, epochs=60)
+    for step in (0, 1, 749, 1499, 1500, 1501, 30_000, 59_999, 60_000):
+        assert 2e-4 * schedule.lr_lambdas[0](step) == pytest.approx(published(step), abs=1e-15)
+
+
+def test_warmup_in_steps_overrides_that_in_epochs() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=2, warmup_epochs=3, min_lr_share=1.0)
+    assert rates_of(config, steps_per_epoch=2, epochs=2) == pytest.approx([0.5, 1, 1, 1])
+
+
 def test_warmup_begins_at_its_own_rate() -> None:
     config = OptimizerConfig(lr=1.0, warmup_lr=0.2, warmup_epochs=1, min_lr=0.5)
     rates = rates_of(config, steps_per_epoch=4, epochs=2)
@@ -143,6 +165,44 @@ def test_layer_decay_and_weight_decay_hold_together() -> None:
     assert found[id(model.get_parameter("blocks.0.mixer.out_proj.weight"))] == (0.5, 0.05)
 
 
+class Nested(torch.nn.Module):
+    """A backbone deep inside, and a head that has blocks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torch.nn.ModuleDict({"body": vim()})
+        self.head = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
+
+
+def test_layer_decay_reaches_the_blocks_of_a_backbone_alone() -> None:
+    scales = OptimizerConfig(layer_decay=0.5).layer_scales(Nested())
+    assert scales["backbone.body.blocks.0.norm.weight"] == 0.5
+    assert scales["backbone.body.patch_embedding.weight"] == 0.25
+    assert scales["backbone.body.norm.weight"] == scales["head.blocks.0.weight"] == 1.0
+
+
+def test_published_layer_decay_misses_the_blocks() -> None:
+    config = OptimizerConfig(layer_decay=0.5, layer_decay_reach="embeddings")
+    scales = config.layer_scales(Nested())
+    assert scales["backbone.body.blocks.0.norm.weight"] == 1.0
+    assert scales["backbone.body.position_embedding.weight"] == 0.25
+
+
+def test_exemptions_of_a_backbone_hold_unless_the_published_behaviour_is_asked_for() -> None:
+    _, exempt = OptimizerConfig().groups(Nested())
+    embeddings = {f"backbone.body.{name}" for name in ("class_token", "position_embedding.weight")}
+    assert embeddings <= exempt.keys()
+    decayed, _ = OptimizerConfig(decay_embeddings=True).groups(Nested())
+    assert embeddings <= decayed.keys()
+
+
+def test_blocks_are_found_in_a_backbone() -> None:
+    model = Nested()
+    assert blocks_of(model) == list(model.backbone["body"].blocks)
+    with pytest.raises(ValueError, match=r"Linear has no blocks\.0, blocks\.1"):
+        blocks_of(torch.nn.Linear(2, 2))
+
+
 def test_layer_decay_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs parameters named blocks\.0.*; Linear has none"):
         OptimizerConfig(layer_decay=0.5).layer_scales(torch.nn.Linear(2, 2))
@@ -154,6 +214,8 @@ def test_layer_decay_without_blocks_is_refused() -> None:
         ({"lr": 0.0}, "lr must be positive, got 0"),
         ({"min_lr_share": 2.0}, "min_lr_share must lie between 0 and 1"),
         ({"warmup_epochs": -1.0}, "warmup_epochs must be at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"schedule": "published", "warmup_steps": 9}, "one rate an epoch, got warmup_steps=9"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"clip_norm": 0.0}, "clip_norm must be positive or None"),
         ({"layer_decay": 1.5}, "layer_decay must be above 0, at most 1, or None"),
@@ -162,6 +224,6 @@ def test_layer_decay_without_blocks_is_refused() -> None:
         ({"eps": 0.0}, "eps must be positive"),
     ],
 )
-def test_wrong_value_is_refused(options: dict[str, float], message: str) -> None:
+def test_wrong_value_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        OptimizerConfig(**options)  # type: ignore[arg-type]
+        OptimizerConfig(**options)

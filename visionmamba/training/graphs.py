@@ -22,7 +22,8 @@ def graph_forward(model: nn.Module, *, copies_gradients: bool) -> Callable[[], N
     stay where they are; dropout follows the GPU's generator as ever.
 
     Args:
-        model: called with tensors that need no gradient, returns one tensor.
+        model: called with tensors that need no gradient, returns a tensor, or a tuple of tensors
+            and None.
         copies_gradients: hand out copies of the gradients. Without, they lie where the next
             backward writes, which gradients that accumulate over several backwards cannot have.
 
@@ -50,7 +51,8 @@ def graph_forward(model: nn.Module, *, copies_gradients: bool) -> Callable[[], N
                 return eager(*inputs)
         if recorded[0].key != _key(inputs):
             return eager(*inputs)
-        return _Replay.apply(recorded[0], *inputs, *recorded[0].parameters)
+        outputs = _Replay.apply(recorded[0], *inputs, *recorded[0].parameters)
+        return recorded[0].arranged(outputs)
 
     def undo() -> None:
         recorded.clear()
@@ -69,10 +71,18 @@ class _Recording:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
-    output: Tensor
-    doutput: Tensor
+    outputs: tuple[Tensor, ...]
+    places: tuple[bool, ...] | None  # which parts of a tuple are tensors; None for a tensor alone
+    doutputs: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...]
     copies_gradients: bool
+
+    def arranged(self, outputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor | None, ...]:
+        """Return tensors as the model itself would."""
+        if self.places is None:
+            return outputs[0]
+        rest = iter(outputs)
+        return tuple(next(rest) if is_tensor else None for is_tensor in self.places)
 
 
 def _key(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
@@ -83,7 +93,7 @@ def _key(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
 
 def _record(
     model: nn.Module,
-    eager: Callable[..., Tensor],
+    eager: Callable[..., Tensor | tuple[Tensor | None, ...]],
     inputs: tuple[Tensor, ...],
     *,
     copies_gradients: bool,
@@ -91,61 +101,75 @@ def _record(
     parameters = [one for one in model.parameters() if one.requires_grad]
     statics = tuple(one.clone() for one in inputs)
 
-    def run() -> Tensor:
+    def run() -> Tensor | tuple[Tensor | None, ...]:
         # weights that autocast has cast outside a graph would be read after they have changed
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
             return eager(*statics)
 
-    def differentiate(output: Tensor, doutput: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(output, parameters, doutput, allow_unused=True)
+    def differentiate(
+        outputs: tuple[Tensor, ...], doutputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(outputs, parameters, doutputs, allow_unused=True)
 
+    buffers = list(model.buffers())
+    former = [one.clone() for one in buffers]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP_RUNS):  # kernels are compiled and workspaces made outside
-            output = run()
-            differentiate(output, torch.zeros_like(output))
-            del output  # its graph would tie the gradients of the recording to this stream
+            outputs = _tensors(run())
+            differentiate(outputs, tuple(map(torch.zeros_like, outputs)))
+            del outputs  # their graph would tie the gradients of the recording to this stream
     torch.cuda.current_stream().wait_stream(stream)
+    for one, value in zip(buffers, former, strict=True):
+        one.copy_(value)  # batch norms have counted what nobody trains on
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # a recording takes its memory anew
     pool = torch.cuda.graph_pool_handle()
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
         output = run()
-    doutput = torch.zeros_like(output)
+    outputs = _tensors(output)
+    doutputs = tuple(map(torch.zeros_like, outputs))
     with torch.cuda.graph(backward, pool=pool, capture_error_mode="thread_local"):
-        gradients = differentiate(output, doutput)
+        gradients = differentiate(outputs, doutputs)
     return _Recording(
         key=_key(inputs),
         parameters=parameters,
         forward=forward,
         backward=backward,
         inputs=statics,
-        output=output.detach(),
-        doutput=doutput,
+        outputs=tuple(one.detach() for one in outputs),
+        places=None if isinstance(output, Tensor) else tuple(one is not None for one in output),
+        doutputs=doutputs,
         gradients=gradients,
         copies_gradients=copies_gradients,
     )
+
+
+def _tensors(output: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    parts = (output,) if isinstance(output, Tensor) else output
+    return tuple(one for one in parts if one is not None)
 
 
 class _Replay(torch.autograd.Function):
     """Both graphs as one differentiable step."""
 
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, recording: _Recording, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.recording = recording
         for static, given in zip(recording.inputs, tensors, strict=False):
             static.copy_(given)
         recording.forward.replay()
-        return recording.output.clone()
+        return tuple(one.clone() for one in recording.outputs)
 
     @staticmethod
-    def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
         recording: _Recording = ctx.recording
-        recording.doutput.copy_(doutput)
+        for static, given in zip(recording.doutputs, doutputs, strict=True):
+            static.copy_(given)
         recording.backward.replay()
         gradients = recording.gradients
         if recording.copies_gradients:

@@ -9,36 +9,50 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from visionmamba.training.backbone import backbone_of
+
 _BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
-_LAST = re.compile(r"(?:^|\.)(?:norm|norm_f|fc_norm|head)\.")
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:patch_embed(?:ding)?|pos_embed|position_embedding|(?:class|cls|dist|reg)_token)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, linear warm-up, then a cosine; learning rates are of a whole step, never rescaled."""
+    """AdamW, linear warm-up, then a fall; learning rates are of a whole step, never rescaled."""
 
     lr: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["step", "published"] = "step"
-    """"step" changes the rate at every step, with the cosine from the end of the warm-up.
-    "published" is what the authors' loop does: one rate an epoch, that of the epoch before (so that
-    epochs 1 and 2 both run at warmup_lr), on a cosine that begins with epoch 1."""
+    schedule: Literal["step", "linear", "published"] = "step"
+    """"step" changes the rate at every step, with a cosine from the end of the warm-up. "linear"
+    falls straight over all steps, and the warm-up scales that line: the published segmentation.
+    "published" is what the authors' classification does: one rate an epoch, that of the epoch
+    before (so that epochs 1 and 2 both run at warmup_lr), on a cosine that begins with epoch 1."""
     min_lr_share: float = 0.01
     """Learning rate at the end, as a share of the peak."""
     min_lr: float | None = None
     """Learning rate at the end; overrides min_lr_share."""
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; overrides warmup_epochs, and is not for "published"."""
     warmup_lr: float = 0.0
     """Learning rate that the warm-up begins from."""
     layer_decay: float | None = None
     """Factor of the learning rate from one block to the one below: the head learns with lr, block k
     of n with lr * layer_decay**(n - k), k from 0, patch and position embedding with
-    lr * layer_decay**(n + 1). None gives all the same."""
+    lr * layer_decay**(n + 1). Blocks are those of model.backbone where there is one. None gives all
+    the same."""
+    layer_decay_reach: Literal["blocks", "embeddings"] = "blocks"
+    """"embeddings" leaves the blocks at lr, as the authors' segmentation code does, which looks for
+    them under a name that they do not have."""
     weight_decay: float = 0.05
-    """On matrices; biases, other 1-D parameters and the model's no_weight_decay() are exempt."""
+    """On matrices; biases, other 1-D parameters and what no_weight_decay() of the model and of its
+    parts names are exempt."""
     decay_a_log: bool = False
     """True also decays the A_log of the state-space models, as the published training does."""
+    decay_embeddings: bool = False
+    """True also decays what no_weight_decay() names, as the authors' segmentation code does."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running means of gradient and squared gradient."""
     eps: float = 1e-8
@@ -52,9 +66,14 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.min_lr_share <= 1:
             raise ValueError(f"min_lr_share must lie between 0 and 1, got {self.min_lr_share}")
-        for name in ("warmup_epochs", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("warmup_epochs", "warmup_steps", "weight_decay"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.schedule == "published" and self.warmup_steps is not None:
+            raise ValueError(
+                f'schedule "published" has one rate an epoch, got warmup_steps={self.warmup_steps};'
+                " give warmup_epochs instead"
+            )
         for name in ("min_lr", "warmup_lr"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= self.lr:
@@ -88,14 +107,18 @@ class OptimizerConfig:
                 lambda step: self.published_lr_share(step // steps_per_epoch, epochs=epochs),
             )
         num_steps = steps_per_epoch * epochs
-        num_warmup = min(round(self.warmup_epochs * steps_per_epoch), num_steps)
+        num_warmup = self.warmup_steps
+        if num_warmup is None:
+            num_warmup = round(self.warmup_epochs * steps_per_epoch)
+        num_warmup = min(num_warmup, num_steps)
+        share = self.linear_lr_share if self.schedule == "linear" else self.lr_share
         return optimizer, LambdaLR(
-            optimizer, lambda step: self.lr_share(step, num_warmup=num_warmup, num_steps=num_steps)
+            optimizer, lambda step: share(step, num_warmup=num_warmup, num_steps=num_steps)
         )
 
     def groups(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """Returns the parameters that are decayed and those that are exempt, by name."""
-        names_exempt = getattr(model, "no_weight_decay", set[str])()
+        names_exempt = set() if self.decay_embeddings else _names_exempt(model)
         decayed: dict[str, nn.Parameter] = {}
         exempt: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
@@ -119,7 +142,8 @@ class OptimizerConfig:
         names = [name for name, _ in model.named_parameters()]
         if self.layer_decay is None:
             return dict.fromkeys(names, 1.0)
-        found = {name: _BLOCK.search(name) for name in names}
+        prefix, _ = backbone_of(model)
+        found = {name: _BLOCK.search(name) for name in names if name.startswith(prefix)}
         numbers = {name: int(match[1]) for name, match in found.items() if match}
         if not numbers:
             raise ValueError(
@@ -129,10 +153,11 @@ class OptimizerConfig:
         depth = max(numbers.values()) + 1
         scales: dict[str, float] = {}
         for name in names:
+            above = 0
             if name in numbers:
-                above = depth - numbers[name]
-            else:
-                above = 0 if _LAST.search(name) else depth + 1
+                above = depth - numbers[name] if self.layer_decay_reach == "blocks" else 0
+            elif name in found and _EMBEDDING.search(name):
+                above = depth + 1
             scales[name] = self.layer_decay**above
         return scales
 
@@ -144,6 +169,14 @@ class OptimizerConfig:
         progress = min((step - num_warmup) / max(num_steps - num_warmup, 1), 1.0)
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return self._end_share + (1 - self._end_share) * cosine
+
+    def linear_lr_share(self, step: int, *, num_warmup: int, num_steps: int) -> float:
+        """Returns the learning rate of a zero-based step of "linear" as a share of the peak."""
+        line = 1 - (1 - self._end_share) * min(step / num_steps, 1.0)
+        if step < num_warmup:
+            start = self.warmup_lr / self.lr
+            line *= start + (1 - start) * step / num_warmup
+        return line
 
     def published_lr_share(self, epoch: int, *, epochs: int) -> float:
         """Returns the learning rate of a zero-based epoch of "published" as a share of the peak."""
@@ -172,3 +205,12 @@ class OptimizerConfig:
                     }
                 )
         return groups
+
+
+def _names_exempt(model: nn.Module) -> set[str]:
+    """Returns what the model and its parts exempt, by the model's names."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", set[str])()
+    }

@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from visionmamba.training.backbone import blocks_of
 from visionmamba.training.checkpoint import read_checkpoint
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards a model in place: each of its `blocks` by itself, and the rest together."""
-    for block in model.get_submodule("blocks").children():
+    """Shards a model in place: each of its blocks by itself, and the rest together."""
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     # the root, too, gives its weights back after the forward, so that a change of the shards shows
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
