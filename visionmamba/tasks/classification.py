@@ -73,6 +73,12 @@ class ClassificationTask(nn.Module):
         means = [total / max(num_seen, 1) for total in totals]
         return dict(zip(self.metric_names, means, strict=True))
 
+    def class_metrics(self, sums: Tensor) -> None:
+        """None: the sums of a classifier hold nothing of single classes."""
+
+    def draw(self, batch: Batch) -> None:
+        """None: there is no picture of what a classifier makes of a batch."""
+
     def save_weights(self, path: Path) -> None:
         """Writes the model with all that `Classifier.load` needs."""
         save(

@@ -25,9 +25,15 @@ from visionmamba.models.hub import find_weights
 from visionmamba.models.published import load_published
 from visionmamba.models.published_file import Which
 from visionmamba.models.vim import Vim
-from visionmamba.models.weights import METADATA_KEY, load, read_metadata, resolve_device
+from visionmamba.models.weights import (
+    METADATA_KEY,
+    load,
+    read_header,
+    read_metadata,
+    resolve_device,
+)
 from visionmamba.tasks.classification import TASK_NAME
-from visionmamba.tasks.files import replace_file
+from visionmamba.tasks.files import plain_name, replace_file
 
 Picture = str | Path | Image.Image | NDArray[Any]
 """What a predictor takes: a file, a PIL image, or uint8 (H, W), (H, W, 1), (H, W, 3), (H, W, 4)."""
@@ -77,10 +83,13 @@ class Classification:
 
         Returns:
             The path of the JSON file.
+
+        Raises:
+            ValueError: the name is no plain file name.
         """
+        name = plain_name(name or (Path(self.file).stem if self.file else "") or "image")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = name or (Path(self.file).stem if self.file else "image")
         replace_file(folder / f"{name}.png", self._annotated())
         target = folder / f"{name}.json"
         replace_file(target, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
@@ -149,16 +158,17 @@ class Classifier:
         """
         where, path = os.fspath(weights), find_weights(weights)
         if path.suffix == ".safetensors" and METADATA_KEY in read_metadata(path):
+            task = read_header(path).task
+            if task != TASK_NAME:
+                raise ValueError(
+                    f"{where} was trained for {task}, wanted {TASK_NAME}; use the predictor of "
+                    "that task"
+                )
             model: Vim | DeiT = load(path, device=device)
         else:
             model = load_published(path, which=which)
         header = model.header
         assert header is not None
-        if header.task != TASK_NAME:
-            raise ValueError(
-                f"{where} was trained for {header.task}, wanted {TASK_NAME}; use the predictor of "
-                "that task"
-            )
         if not model.config.num_classes:
             raise ValueError(
                 f"{where} has no classifier (num_classes=0); give weights that kept their head"
@@ -227,7 +237,7 @@ class Classifier:
     def _classify(
         self, pictures: Sequence[Picture], top_k: int, max_pixels: int
     ) -> list[Classification]:
-        images = [_as_image(picture, max_pixels) for picture in pictures]
+        images = [as_image(picture, max_pixels) for picture in pictures]
         with explain_out_of_memory(len(images)):
             batch = torch.stack([self._transform(image) for image in images]).to(self.device)
             with torch.inference_mode():
@@ -246,7 +256,13 @@ class Classifier:
         ]
 
 
-def _as_image(picture: Picture, max_pixels: int) -> Image.Image:
+def as_image(picture: Picture, max_pixels: int) -> Image.Image:
+    """Returns the picture meant, upright, "L" or "RGB".
+
+    Raises:
+        FileNotFoundError, UnreadableImageError: a file is missing or no image.
+        ValueError: an array of another shape or type, or something else altogether.
+    """
     if isinstance(picture, str | Path):
         return open_image(picture, max_pixels=max_pixels)
     if isinstance(picture, Image.Image):

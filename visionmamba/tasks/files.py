@@ -17,3 +17,14 @@ def replace_file(target: Path, content: str | Image.Image) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain_name(name: str) -> str:
+    """Returns a name under which files can be written into a folder without leaving it.
+
+    Raises:
+        ValueError: it is empty or holds a separator of folders.
+    """
+    if not name or any(sign in name for sign in "/\\\0"):
+        raise ValueError(f"a name of files must be plain, without folders, got {name!r}")
+    return name
