@@ -11,14 +11,17 @@ from typing import Any, cast
 import numpy as np
 import pytorch_lightning as lightning
 import torch
+from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
 from visionmamba.data import derive_seed
 from visionmamba.training.average import MovingAverage
+from visionmamba.training.backbone import blocks_of
 from visionmamba.training.experiment import Experiment, NonFiniteError
 from visionmamba.training.graphs import graph_forward
+from visionmamba.training.metrics import ClassValues
 from visionmamba.training.sharding import local, shard, whole
 from visionmamba.training.stopping import StopRequest
 from visionmamba.training.world import World
@@ -61,6 +64,8 @@ class Engine(lightning.LightningModule):
         self._loss: Tensor | None = None
         self._batch: Any = None
         self._sums: dict[str, Tensor] = {}
+        self.picture: Image.Image | None = None
+        """What the task draws of the first validation batch of this process, if it does."""
         self.step_values: dict[str, float] = {}
         """train_loss (mean over passes and processes), gradient_norm and lr of the last step."""
 
@@ -75,8 +80,10 @@ class Engine(lightning.LightningModule):
             return
         self._is_configured = True
         model = self._task.model
+        if self._world.size > 1 and self.trainer.strategy.root_device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         if self._experiment.compile_blocks:
-            for block in model.get_submodule("blocks").children():
+            for block in blocks_of(model):
                 block.compile()
         if self._is_sharded:
             assert self.device_mesh is not None
@@ -103,7 +110,8 @@ class Engine(lightning.LightningModule):
     @override
     def on_train_start(self) -> None:
         self.begin_average()
-        if self._uses_graphs:
+        talks = any(isinstance(one, nn.SyncBatchNorm) for one in self._task.model.modules())
+        if self._uses_graphs and not talks:
             self._undo_graphs = graph_forward(
                 self._task.model,
                 copies_gradients=self._world.size > 1 or self._experiment.passes_per_step > 1,
@@ -187,20 +195,31 @@ class Engine(lightning.LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.picture = self._task.draw(batch)  # sharded models need every process for it
         self._add("", self._task.validation_sums(batch))
         if self.average is not None:
             with self.average.in_model():
                 self._add("_ema", self._task.validation_sums(batch))
 
-    def validation_metrics(self) -> dict[str, float]:
-        """Returns the metrics over all processes, each of which must call this once."""
+    def validation_results(self) -> tuple[dict[str, float], ClassValues]:
+        """Returns metrics, and those of each class if there are any, over all processes.
+
+        Each process must call this once.
+        """
         metrics: dict[str, float] = {}
+        classes: ClassValues = {}
         for ending, sums in self._sums.items():
-            values = self._task.validation_metrics(self._world.sum(sums))
+            total = self._world.sum(sums)
+            values = self._task.validation_metrics(total)
             metrics |= {f"{name}{ending}": value for name, value in values.items()}
-        return metrics
+            for name, of_class in (self._task.class_metrics(total) or {}).items():
+                row = classes.setdefault(name, {})
+                row |= {f"{metric}{ending}": value for metric, value in of_class.items()}
+        return metrics, classes
 
     def _add(self, ending: str, sums: Tensor) -> None:
+        sums = sums.double()
         self._sums[ending] = self._sums[ending] + sums if ending in self._sums else sums
 
     def _seed_batch(self, batch_idx: int) -> None:

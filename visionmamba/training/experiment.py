@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from PIL import Image
 from torch import Tensor, nn
 
 from visionmamba.training.optimizer import OptimizerConfig
@@ -33,10 +34,19 @@ class Task(Protocol):
         """Returns the scalar loss of a batch."""
 
     def validation_sums(self, batch: Any) -> Tensor:
-        """Returns a 1-D tensor, whose sum over batches and processes makes up the metrics."""
+        """Returns a 1-D tensor, whose float64 sum over batches and processes makes the metrics."""
 
     def validation_metrics(self, sums: Tensor) -> dict[str, float]:
         """Returns the metrics, by metric_names, of the sum of some `validation_sums`."""
+
+    def class_metrics(self, sums: Tensor) -> dict[str, dict[str, float | None]] | None:
+        """Returns the metrics of each class by name, None for one that cannot be judged.
+
+        All classes have the same metrics. None altogether: the task judges no single classes.
+        """
+
+    def draw(self, batch: Any) -> Image.Image | None:
+        """Returns a picture of what the model makes of a validation batch, or None."""
 
     def save_weights(self, path: Path) -> None:
         """Writes the model's weights with all that its predictor needs."""

@@ -100,9 +100,10 @@ def fit(
 
     The folder receives recipe.json, metrics.csv, tensorboard/, last.ckpt, best.safetensors,
     last.safetensors, curves.png and, when all is done, results.json; best_ema.safetensors and
-    last_ema.safetensors when a moving average is kept; unreadable.txt when files were left out. On
-    the CPU a run that was killed and resumed gives bit for bit what an unbroken one gives. A run
-    can be resumed with another number of processes and another strategy.
+    last_ema.safetensors when a moving average is kept; unreadable.txt when files were left out;
+    classes.csv and pictures/ when the task judges single classes and draws what it makes of
+    pictures. On the CPU a run that was killed and resumed gives bit for bit what an unbroken one
+    gives. A run can be resumed with another number of processes and another strategy.
 
     Under torchrun or SLURM's srun each process calls fit; otherwise devices > 1 starts this command
     line again for the others. The folder must be one that all machines see.
@@ -118,8 +119,9 @@ def fit(
         num_workers: processes that prepare images beside each of these; changes no result.
         checkpoint_every_steps: steps between checkpoints, beside the one after each epoch.
         cuda_graphs: on GPUs record forward and backward once and replay them, which spares the
-            host some 900 launches a step; no effect with "fsdp" or torch.compile. Off, as the
-            training loop has not been measured with it yet.
+            host some 900 launches a step; no effect with "fsdp", torch.compile, or where batch
+            norms are synchronised over several GPUs. Off, as the training loop has not been
+            measured with it yet.
         progress: show a bar.
         command: how to repeat the run, for results.json; by default the process's command line.
 

@@ -12,6 +12,9 @@ from visionmamba.training.experiment import Experiment, Recipe
 CHECKPOINT = "last.ckpt"
 RECIPE = "recipe.json"
 METRICS = "metrics.csv"
+CLASSES = "classes.csv"
+PICTURES = "pictures"
+"""Folder of what the task draws of validation batches, epoch_NNNN.png."""
 CURVES = "curves.png"
 UNREADABLE = "unreadable.txt"
 LOGS = "tensorboard"
@@ -19,7 +22,7 @@ RESULTS = "results.json"
 """Written last: a folder that has it holds a finished run."""
 
 _OWN_FILES = (
-    RECIPE, METRICS, CURVES, UNREADABLE,
+    RECIPE, METRICS, CLASSES, CURVES, UNREADABLE,
     "best.safetensors", "last.safetensors", "best_ema.safetensors", "last_ema.safetensors",
 )  # fmt: skip
 _MAY_DIFFER = ("device_batch_size", "compile")  # of a recipe whose run is taken up again
@@ -75,7 +78,7 @@ def refuse_foreign_files(out: Path) -> None:
         raise ValueError(f"{out} is a file, wanted a folder for the run; give another --out")
     if (out / RECIPE).exists():
         return
-    for name in (*_OWN_FILES, RESULTS, CHECKPOINT):
+    for name in (*_OWN_FILES, RESULTS, CHECKPOINT, PICTURES):
         if (out / name).exists():
             raise ValueError(
                 f"{out} holds a {name} but no {RECIPE}, so it is not a run of ours and is left "
@@ -87,6 +90,7 @@ def remove_leftovers(out: Path, *, with_folder: bool) -> None:
     """Removes what a run wrote that came to an end before its first checkpoint."""
     for name in (*_OWN_FILES, f"{METRICS}.tmp", f"{RECIPE}.tmp", f"{CHECKPOINT}.tmp"):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / LOGS, ignore_errors=True)
+    for folder in (LOGS, PICTURES):
+        shutil.rmtree(out / folder, ignore_errors=True)
     if with_folder:
         out.rmdir()

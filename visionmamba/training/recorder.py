@@ -1,12 +1,15 @@
-"""What a run leaves behind and when: rows of metrics, weights, checkpoints."""
+"""What a run leaves behind and when: rows of metrics, pictures, weights, checkpoints."""
 
 import copy
+import io
 import json
 import time
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytorch_lightning as lightning
+from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
@@ -14,12 +17,14 @@ from typing_extensions import override
 from visionmamba.training.checkpoint import replace_file
 from visionmamba.training.engine import STATE_KEY, Engine
 from visionmamba.training.experiment import Experiment, Task
-from visionmamba.training.folder import CHECKPOINT, METRICS, UNREADABLE
+from visionmamba.training.folder import CHECKPOINT, CLASSES, METRICS, PICTURES, UNREADABLE
 from visionmamba.training.loader import LoaderTimes
-from visionmamba.training.metrics import MetricsFile
+from visionmamba.training.metrics import ClassesFile, MetricsFile
 from visionmamba.training.sharding import whole_state
 from visionmamba.training.stopping import Interrupted, StopRequest
 from visionmamba.training.world import World
+
+_MAX_PICTURES = 20  # of a run, spread over its epochs; they are large
 
 
 class Recorder(lightning.Callback):
@@ -59,6 +64,7 @@ class Recorder(lightning.Callback):
         self.best_ema: dict[str, float] = state.get("best_ema", {})
         self.unreadable: dict[str, list[str]] = state.get("unreadable", {"train": [], "val": []})
         self._file: MetricsFile | None = None
+        self._classes: ClassesFile | None = None
         self._writer: Task | None = None
         if world.is_main:
             names = experiment.task.metric_names
@@ -66,6 +72,7 @@ class Recorder(lightning.Callback):
                 names += tuple(f"{name}_ema" for name in names)
             path = out / METRICS
             self._file = MetricsFile(path, metric_names=names, last_step=self.saved_step)
+            self._classes = ClassesFile(out / CLASSES, last_step=self.saved_step)
             self._writer = copy.deepcopy(experiment.task)  # stays whole, on the CPU
 
     @property
@@ -118,8 +125,13 @@ class Recorder(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         engine = cast(Engine, pl_module)
-        self.metrics = engine.validation_metrics()
+        self.metrics, classes = engine.validation_results()
         self._write(trainer, self.metrics)
+        if self._classes is not None and classes:
+            step, epoch = trainer.global_step, trainer.current_epoch + 1
+            self._classes.append(classes, step=step, epoch=epoch)
+        if engine.picture is not None:
+            self._write_picture(trainer, engine.picture)
         self._gather_unreadable()
         num_unreadable = sum(map(len, self.unreadable.values()))
         self._log(trainer, {"unreadable_files": num_unreadable})
@@ -183,6 +195,19 @@ class Recorder(lightning.Callback):
     def _log(self, trainer: lightning.Trainer, values: dict[str, float]) -> None:
         cast(TensorBoardLogger, trainer.logger).log_metrics(values, trainer.global_step)
 
+    def _write_picture(self, trainer: lightning.Trainer, picture: Image.Image) -> None:
+        epoch = trainer.current_epoch + 1
+        if not (self._world.is_main and keeps_picture(epoch, self._experiment.epochs)):
+            return
+        picture = picture.convert("RGB")
+        (self._out / PICTURES).mkdir(exist_ok=True)
+        png = io.BytesIO()
+        picture.save(png, format="PNG")
+        target = self._out / PICTURES / f"epoch_{epoch:04}.png"
+        replace_file(target, lambda file: file.write(png.getvalue()))
+        board = cast(TensorBoardLogger, trainer.logger).experiment
+        board.add_image("predictions", np.asarray(picture), trainer.global_step, dataformats="HWC")
+
     def _gather_unreadable(self) -> None:
         """Adds what the processes have met in the meantime, and names all of it in a file."""
         experiment = self._experiment
@@ -212,3 +237,8 @@ class Recorder(lightning.Callback):
     def _stop_if_asked(self) -> None:
         if self._stop.is_agreed:
             raise Interrupted
+
+
+def keeps_picture(epoch: int, epochs: int) -> bool:
+    """Returns whether a run keeps the picture of an epoch: the last, and some before it."""
+    return epoch == epochs or epoch % -(-epochs // _MAX_PICTURES) == 0
