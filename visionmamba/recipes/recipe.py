@@ -1,4 +1,4 @@
-"""Recipe: everything that decides the result of a classification run."""
+"""TaskRecipe: what recipes of all tasks share; Recipe: all that decides a classification run."""
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,36 +21,21 @@ from visionmamba.training import Experiment, OptimizerConfig, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A run: data, model, preparation, optimizer. Two equal recipes give equal weights on a CPU."""
+class TaskRecipe:
+    """What a run of any task says of its steps, their arithmetic and its records."""
 
     name: str
     """Name of the recipe."""
-    data: DataSource
-    """What to learn from."""
-    model: VimConfig | DeiTConfig
-    """What learns; its num_classes is taken from the data."""
-    preprocessing: Preprocessing
-    """How pictures become the model's input; also kept in the weights file."""
-    augmentation: Augmentation
-    """Random changes of the training pictures."""
     optimizer: OptimizerConfig
     """How it learns."""
     epochs: int
-    """Passes over the training pictures."""
+    """Epochs of the run, each of which ends with a validation."""
     batch_size: int
     """Pictures of an optimizer step, over all devices and passes."""
     device_batch_size: int | None = None
     """Pictures that one device takes at once, in training and in validation; None gives each its
-    share of batch_size. With less, several passes make a step. Changes no more than rounding."""
-    weights: Path | str | None = None
-    """Weights to start from: a file or folder of this package, the authors' .pth, or a published
-    name. They are fitted to the model: another number of classes gets a new head, another image
-    size or stride a resized position embedding."""
-    mixing: Mixing = field(default_factory=Mixing)
-    """Mixup and CutMix of the training batches."""
-    label_smoothing: float = 0.1
-    """Share of the target spread over all classes."""
+    share of batch_size. With less, several passes make a step. Changes no more than rounding, but
+    for the batch norms of a segmenter, which see one pass."""
     ema_decay: float | None = None
     """Decay a step of a moving average of the weights, which is judged and kept beside them; None
     keeps none."""
@@ -74,6 +59,56 @@ class Recipe:
             )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    def shares(self, num_devices: int) -> tuple[int, int]:
+        """Returns pictures of a device's pass and passes of a step.
+
+        Raises:
+            ValueError: they do not make up batch_size.
+        """
+        if self.device_batch_size is None:
+            if self.batch_size % num_devices:
+                raise ValueError(
+                    f"batch_size={self.batch_size} cannot be shared equally by {num_devices} "
+                    f"devices; make it a multiple of {num_devices}"
+                )
+            return self.batch_size // num_devices, 1
+        at_once = self.device_batch_size * num_devices
+        if self.batch_size % at_once:
+            raise ValueError(
+                f"batch_size={self.batch_size} is no multiple of {at_once}, which {num_devices} "
+                f"devices take at once with device_batch_size={self.device_batch_size}; change one "
+                "of them"
+            )
+        return self.device_batch_size, self.batch_size // at_once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TaskRecipe):
+    """A run: data, model, preparation, optimizer. Two equal recipes give equal weights on a CPU.
+
+    An epoch is a pass over the training pictures.
+    """
+
+    data: DataSource
+    """What to learn from."""
+    model: VimConfig | DeiTConfig
+    """What learns; its num_classes is taken from the data."""
+    preprocessing: Preprocessing
+    """How pictures become the model's input; also kept in the weights file."""
+    augmentation: Augmentation
+    """Random changes of the training pictures."""
+    weights: Path | str | None = None
+    """Weights to start from: a file or folder of this package, the authors' .pth, or a published
+    name. They are fitted to the model: another number of classes gets a new head, another image
+    size or stride a resized position embedding."""
+    mixing: Mixing = field(default_factory=Mixing)
+    """Mixup and CutMix of the training batches."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if _pair(self.model.image_size) != self.preprocessing.size:
             raise ValueError(
                 f"model.image_size {_pair(self.model.image_size)} and preprocessing.image_size "
@@ -140,28 +175,6 @@ class Recipe:
             log_every_steps=self.log_every_steps,
             data_summary=_summary(splits),
         )
-
-    def shares(self, num_devices: int) -> tuple[int, int]:
-        """Returns pictures of a device's pass and passes of a step.
-
-        Raises:
-            ValueError: they do not make up batch_size.
-        """
-        if self.device_batch_size is None:
-            if self.batch_size % num_devices:
-                raise ValueError(
-                    f"batch_size={self.batch_size} cannot be shared equally by {num_devices} "
-                    f"devices; make it a multiple of {num_devices}"
-                )
-            return self.batch_size // num_devices, 1
-        at_once = self.device_batch_size * num_devices
-        if self.batch_size % at_once:
-            raise ValueError(
-                f"batch_size={self.batch_size} is no multiple of {at_once}, which {num_devices} "
-                f"devices take at once with device_batch_size={self.device_batch_size}; change one "
-                "of them"
-            )
-        return self.device_batch_size, self.batch_size // at_once
 
 
 def _start_from(weights: Path | str, config: VimConfig | DeiTConfig) -> Vim | DeiT:
