@@ -138,7 +138,7 @@ def test_folder_is_laid_out_for_the_hub(tmp_path):
     assert sorted(os.listdir(tmp_path / "vim")) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((tmp_path / "vim" / "config.json").read_text())
     header = read_header(tmp_path / "vim")
-    assert config == json.loads(json.dumps(header.__dict__))
+    assert config == json.loads(json.dumps(header.to_dict()))
     assert load(tmp_path / "vim", device="cpu").header == header
 
 

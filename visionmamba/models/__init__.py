@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from visionmamba.models.deit import DeiT, DeiTConfig
     from visionmamba.models.mixer import BidirectionalMixer, DirectionalSSM
     from visionmamba.models.published import load_published
+    from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import WeightsHeader, load, read_header, save
 
@@ -20,6 +21,8 @@ __all__ = [
     "DeiT",
     "DeiTConfig",
     "DirectionalSSM",
+    "SegmentationModel",
+    "SegmenterConfig",
     "Vim",
     "VimBlock",
     "VimConfig",
@@ -35,6 +38,8 @@ _HOMES = {
     "DeiT": "deit",
     "DeiTConfig": "deit",
     "DirectionalSSM": "mixer",
+    "SegmentationModel": "segmentation",
+    "SegmenterConfig": "segmentation",
     "Vim": "vim",
     "VimBlock": "vim",
     "VimConfig": "config",
