@@ -8,8 +8,37 @@ from visionmamba.data.image_files import (
     decode_image,
     open_image,
 )
+from visionmamba.data.joint_transforms import (
+    JointTransform,
+    SegmentationAugmentation,
+    SegmentationPreprocessing,
+)
 from visionmamba.data.libraries import HuggingFaceData, TimmData
 from visionmamba.data.loading import PADDING, derive_seed
+from visionmamba.data.mask_batches import (
+    SegmentationBatch,
+    SegmentationEvalBatches,
+    SegmentationTrainBatches,
+)
+from visionmamba.data.mask_folders import (
+    ADE20K,
+    Cityscapes,
+    MaskFolder,
+    MaskFormat,
+    MaskSplit,
+    SegmentationSource,
+    mask_source,
+    open_masks,
+)
+from visionmamba.data.masks import (
+    IGNORE,
+    ArrayMasks,
+    FileMasks,
+    MaskError,
+    MaskProblem,
+    SegmentationSet,
+    SegmentationSplits,
+)
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
 from visionmamba.data.mixing import Mixing
 from visionmamba.data.sets import (
@@ -23,6 +52,7 @@ from visionmamba.data.sets import (
     open_images,
     split_readable,
 )
+from visionmamba.data.shapes import Shapes
 from visionmamba.data.shards import WebShards
 from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocessing
 
@@ -30,23 +60,43 @@ DataSource = Digits | ImageFolder | WebShards | HuggingFaceData | TimmData
 """What a recipe can learn from; each has `build() -> ImageSplits`."""
 
 __all__ = [
+    "ADE20K",
+    "IGNORE",
     "MAX_PIXELS",
     "PADDING",
     "ArrayImages",
+    "ArrayMasks",
     "Augmentation",
     "Batch",
     "BatchTooLargeError",
+    "Cityscapes",
     "DataSource",
     "Digits",
     "EvalBatches",
     "FileImages",
+    "FileMasks",
     "HuggingFaceData",
     "ImageFolder",
     "ImageSet",
     "ImageSplits",
     "ImageTransform",
+    "JointTransform",
+    "MaskError",
+    "MaskFolder",
+    "MaskFormat",
+    "MaskProblem",
+    "MaskSplit",
     "Mixing",
     "Preprocessing",
+    "SegmentationAugmentation",
+    "SegmentationBatch",
+    "SegmentationEvalBatches",
+    "SegmentationPreprocessing",
+    "SegmentationSet",
+    "SegmentationSource",
+    "SegmentationSplits",
+    "SegmentationTrainBatches",
+    "Shapes",
     "TimmData",
     "TrainBatches",
     "UnreadableImageError",
@@ -56,7 +106,9 @@ __all__ = [
     "derive_seed",
     "explain_out_of_memory",
     "image_files_in",
+    "mask_source",
     "open_image",
     "open_images",
+    "open_masks",
     "split_readable",
 ]
