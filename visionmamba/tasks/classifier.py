@@ -24,6 +24,7 @@ from visionmamba.models.deit import DeiT
 from visionmamba.models.hub import find_weights
 from visionmamba.models.published import load_published
 from visionmamba.models.published_file import Which
+from visionmamba.models.segmentation import SegmentationModel
 from visionmamba.models.vim import Vim
 from visionmamba.models.weights import (
     METADATA_KEY,
@@ -164,7 +165,7 @@ class Classifier:
                     f"{where} was trained for {task}, wanted {TASK_NAME}; use the predictor of "
                     "that task"
                 )
-            model: Vim | DeiT = load(path, device=device)
+            model: Vim | DeiT | SegmentationModel = load(path, device=device)
         else:
             model = load_published(path, which=which)
         header = model.header

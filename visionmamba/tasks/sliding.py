@@ -5,12 +5,15 @@ longer one. What is done with them is segmentation.py's and segmenter.py's busin
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from visionmamba.data import BatchTooLargeError, explain_out_of_memory
 
 Mode = Literal["whole", "slide"]
 
@@ -154,6 +157,29 @@ def predict_labels(
     return labels
 
 
+@contextmanager
+def explain_large_picture(inference: Inference, size: tuple[int, int]) -> Iterator[None]:
+    """Turns running out of memory over a picture of (height, width) into one sentence.
+
+    Raises:
+        BatchTooLargeError: the body ran out of memory on a GPU or on the CPU.
+    """
+    try:
+        with explain_out_of_memory(inference.num_windows):
+            yield
+    except BatchTooLargeError as error:
+        height, width = size
+        if inference.mode == "whole":
+            raise BatchTooLargeError(
+                f"a picture of {height}x{width} pixels does not fit into memory in one pass; go "
+                'over it in windows: Inference(mode="slide"), on the command line --mode slide'
+            ) from error
+        raise BatchTooLargeError(
+            f"{inference.num_windows} windows of {inference.crop_size} pixels of a picture of "
+            f"{height}x{width} do not fit into memory; lower num_windows or crop_size"
+        ) from error
+
+
 class _View:
     """The scores of one scale of a picture, whose rows must be asked for from first to last.
 
@@ -199,7 +225,7 @@ class _View:
         self._sums: Tensor | None = None  # (B, K, rows, across)
 
     def take(self, start: int, stop: int) -> Tensor:
-        """Returns the mean scores of some rows, (B, K, stop - start, across); drops those before."""
+        """Returns mean scores of some rows, (B, K, stop - start, across); drops those before."""
         while self._num_done < len(self._tops) and self._tops[self._num_done] < stop:
             self._forget(min(start, self._tops[self._num_done]))
             self._add_windows(self._tops[self._num_done])
