@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from visionmamba import __version__
-from visionmamba.cli import measure, train, use, weights
+from visionmamba.cli import data, measure, train, use, weights
 from visionmamba.cli.messages import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -31,6 +31,7 @@ commands:
                                 `train finetune` is for a folder of your own
   eval WEIGHTS DATA             accuracy of own or published weights on labelled images
   predict WEIGHTS IMAGE...      what images show
+  check FOLDER                  whether pictures and masks can be used; shares of the classes
   models                        the published weights: names, accuracies, where they are
   convert IN OUT.safetensors    published weights as safetensors that eval and predict take
   info                          versions, devices, and which backend runs each operation
@@ -79,6 +80,7 @@ def _run(given: list[str]) -> int:
         "train": train.train,
         "eval": use.eval,
         "predict": use.predict,
+        "check": data.check,
         "models": weights.models,
         "convert": weights.convert,
         "info": measure.info,

@@ -20,6 +20,7 @@ from visionmamba.data.mask_batches import (
     SegmentationEvalBatches,
     SegmentationTrainBatches,
 )
+from visionmamba.data.mask_check import ClassCounts, MaskReport, check_masks
 from visionmamba.data.mask_folders import (
     ADE20K,
     Cityscapes,
@@ -70,6 +71,7 @@ __all__ = [
     "Batch",
     "BatchTooLargeError",
     "Cityscapes",
+    "ClassCounts",
     "DataSource",
     "Digits",
     "EvalBatches",
@@ -85,6 +87,7 @@ __all__ = [
     "MaskFolder",
     "MaskFormat",
     "MaskProblem",
+    "MaskReport",
     "MaskSplit",
     "Mixing",
     "Preprocessing",
@@ -102,6 +105,7 @@ __all__ = [
     "UnreadableImageError",
     "WebShards",
     "as_upright_eight_bit",
+    "check_masks",
     "decode_image",
     "derive_seed",
     "explain_out_of_memory",
