@@ -101,22 +101,21 @@ def vim_small_upernet_ade20k(
 
 
 def deit_tiny_upernet_ade20k(
-    variant: Variant = "script", weights: str | None = None
+    variant: Variant = "script", weights: str | None = "timm/deit_tiny_patch16_224.fb_in1k"
 ) -> SegmentationRecipe:
     r"""UperNet on DeiT-Ti, trained as `vim_tiny_upernet_ade20k`: its baseline.
 
     Source: arXiv 2401.09417, table 2; no script for DeiT: that of Vim-Ti.
     Run:    torchrun --nproc-per-node 4 -m visionmamba train deit_tiny_upernet_ade20k \
-            --data.root ADEChallengeData2016 --weights runs/deit_tiny/best.safetensors \
-            --out runs/deit_tiny_ade20k
+            --data.root ADEChallengeData2016 --out runs/deit_tiny_ade20k
     Cost:   not run.
     Paper:  39.2 mIoU, 11 M parameters.
     Here:   not run.
 
     Args:
         variant: what to follow where the paper and the script differ.
-        weights: classification weights for the backbone, as `deit_tiny_imagenet` leaves them; None
-            begins with drawn ones.
+        weights: classification weights for the backbone: those that the authors of DeiT published,
+            in timm's repository on the Hub; None begins with drawn ones.
     """
     return _upernet(
         "deit_tiny_upernet_ade20k",
@@ -130,22 +129,21 @@ def deit_tiny_upernet_ade20k(
 
 
 def deit_small_upernet_ade20k(
-    variant: Variant = "script", weights: str | None = None
+    variant: Variant = "script", weights: str | None = "timm/deit_small_patch16_224.fb_in1k"
 ) -> SegmentationRecipe:
     r"""UperNet on DeiT-S, trained as `vim_small_upernet_ade20k`: its baseline.
 
     Source: arXiv 2401.09417, table 2; no script for DeiT: that of Vim-S.
     Run:    torchrun --nproc-per-node 4 -m visionmamba train deit_small_upernet_ade20k \
-            --data.root ADEChallengeData2016 --weights runs/deit_small/best.safetensors \
-            --out runs/deit_small_ade20k
+            --data.root ADEChallengeData2016 --out runs/deit_small_ade20k
     Cost:   not run.
     Paper:  44.0 mIoU, 43 M parameters.
     Here:   not run.
 
     Args:
         variant: what to follow where the paper and the script differ.
-        weights: classification weights for the backbone, as `deit_small_imagenet` leaves them; None
-            begins with drawn ones.
+        weights: classification weights for the backbone: those that the authors of DeiT published,
+            in timm's repository on the Hub; None begins with drawn ones.
     """
     return _upernet(
         "deit_small_upernet_ade20k",

@@ -15,10 +15,17 @@ from visionmamba.data import (
 from visionmamba.models import (
     SegmentationModel,
     SegmenterConfig,
+    load_backbone,
+    load_segmenter,
     read_header,
 )
 from visionmamba.models.hub import find_weights
-from visionmamba.models.weights import METADATA_KEY, read_metadata
+from visionmamba.models.weights import (
+    METADATA_KEY,
+    read_metadata,
+    segmenter_config_of,
+    weights_file,
+)
 from visionmamba.recipes.recipe import TaskRecipe
 from visionmamba.tasks import Inference, SegmentationTask
 from visionmamba.training import Experiment
@@ -125,18 +132,19 @@ class SegmentationRecipe(TaskRecipe):
 
 def _start_from(weights: Path | str, model: SegmentationModel, *, backbone_only: bool) -> None:
     """Gives a new model weights of a classifier or of a segmenter."""
-    from visionmamba.models import load_backbone, load_segmenter
-
-    if backbone_only or not _is_segmenter(find_weights(weights)):
+    path = weights_file(find_weights(weights))
+    is_ours = path.suffix == ".safetensors" and METADATA_KEY in read_metadata(path)
+    if backbone_only or not is_ours or read_header(path).architecture != "segmenter":
         load_backbone(model, weights)
-    else:
-        load_segmenter(model, weights)
-
-
-def _is_segmenter(path: Path) -> bool:
-    if path.suffix != ".safetensors" or METADATA_KEY not in read_metadata(path):
-        return False
-    return read_header(path).task == "segmentation"
+        return
+    num_classes = segmenter_config_of(read_header(path), path).num_classes
+    if num_classes != model.num_classes:
+        raise ValueError(
+            f"{path} holds a segmenter of {num_classes} classes and the data have "
+            f"{model.num_classes}; take its backbone alone with backbone_only, or give weights of "
+            "the same classes"
+        )
+    load_segmenter(model, weights)
 
 
 def _summary(splits: SegmentationSplits) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from visionmamba.data import derive_seed
 from visionmamba.training.average import MovingAverage
 from visionmamba.training.backbone import blocks_of
 from visionmamba.training.experiment import Experiment, NonFiniteError
-from visionmamba.training.graphs import graph_forward
+from visionmamba.training.graphs import can_be_recorded, graph_forward
 from visionmamba.training.metrics import ClassValues
 from visionmamba.training.sharding import local, shard, whole
 from visionmamba.training.stopping import StopRequest
@@ -110,8 +110,7 @@ class Engine(lightning.LightningModule):
     @override
     def on_train_start(self) -> None:
         self.begin_average()
-        talks = any(isinstance(one, nn.SyncBatchNorm) for one in self._task.model.modules())
-        if self._uses_graphs and not talks:
+        if self._uses_graphs and can_be_recorded(self._task.model):
             self._undo_graphs = graph_forward(
                 self._task.model,
                 copies_gradients=self._world.size > 1 or self._experiment.passes_per_step > 1,
