@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from visionmamba import __version__
-from visionmamba.cli import data, measure, train, use, weights
+from visionmamba.cli import data, measure, study, train, use, weights
 from visionmamba.cli.messages import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -36,6 +36,9 @@ commands:
   convert IN OUT.safetensors    published weights as safetensors that eval and predict take
   info                          versions, devices, and which backend runs each operation
   demo                          train a small Vim beside a DeiT, measure both, write a report
+  ablate bidirectional|backbone --task TASK --out DIR
+                                the paper's table 4; Vim against DeiT: variants trained over
+                                learning rates and seeds, or taken up where they were left
   bench efficiency|kernels|complexity|loader
                                 time and memory against DeiT; the kernels one by one; operations
                                 and bytes beside the paper's formulas; images/s of the loader
@@ -85,6 +88,7 @@ def _run(given: list[str]) -> int:
         "convert": weights.convert,
         "info": measure.info,
         "demo": measure.demo,
+        "ablate": study.ablate,
         "bench": measure.bench,
     }
     if not given or given[0] in ("-h", "--help"):

@@ -8,14 +8,20 @@ from typing import Any, Literal
 
 import torch
 
-from visionmamba.recipes import Recipe
+from visionmamba.data.mask_folders import MaskSplit
+from visionmamba.recipes.recipe import Recipe
+from visionmamba.recipes.segmentation import SegmentationRecipe
+from visionmamba.tasks.segmentation_evaluation import evaluate_segmentation
 from visionmamba.training import NonFiniteError, fit
 
-AnyRecipe = Recipe
+AnyRecipe = Recipe | SegmentationRecipe
 """What a study can train."""
-Judged = Literal["last", "best"]
-"""Whose weights count: those after the last epoch, or those of the best epoch on the validation
-split."""
+Judged = Literal["last", "best", "last_ema", "best_ema"]
+"""Whose weights count: those after the last epoch, those of the best epoch on the validation split,
+or the moving average in place of either."""
+
+_EVALUATION = "evaluation.json"
+_TEST_METRICS = ("miou", "macc", "aacc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +38,8 @@ class Job:
     """How to repeat it, for the run's results.json."""
     judged: Judged = "last"
     """Whose weights count."""
-    test_split: str | None = None
-    """Split that these weights are judged on when all is done; None leaves that out."""
+    test_split: MaskSplit | None = None
+    """Split that a segmenter's weights are judged on when all is done; None leaves that out."""
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     num_workers: int = 0
@@ -85,8 +91,9 @@ def run_job(job: Job) -> Outcome:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             gc.collect()
             torch.cuda.empty_cache()  # for the processes beside this one
+    best = result.best_ema if job.judged == "best_ema" else result.best
     return Outcome(
-        metrics=result.metrics if job.judged == "last" else result.best,
+        metrics=result.metrics if job.judged.startswith("last") else best,
         test=test,
         steps=result.steps,
         seconds=result.seconds,
@@ -95,13 +102,19 @@ def run_job(job: Job) -> Outcome:
     )
 
 
-def _judge(job: Job, split: str) -> dict[str, float]:
-    """Returns the metrics on a split of the recipe's data, from a file when they are there."""
-    from visionmamba.training.checkpoint import replace_json
-
-    path = job.out / f"{split}_{job.judged}.json"
-    if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return known
-    raise NotImplementedError(split)
-    replace_json(path, {})
+def _judge(job: Job, split: MaskSplit) -> dict[str, float]:
+    """Returns the metrics on a split of the recipe's data, from a folder when they are there."""
+    assert isinstance(job.recipe, SegmentationRecipe)
+    folder = job.out / f"{split}_{job.judged}"
+    if not (folder / _EVALUATION).exists():
+        evaluate_segmentation(
+            job.out / f"{job.judged}.safetensors",
+            job.recipe.data,
+            split=split,
+            precision=job.recipe.precision,
+            device=job.device,
+            batch_size=job.recipe.batch_size,
+            num_workers=job.num_workers,
+        ).save(folder)
+    found: dict[str, Any] = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))
+    return {name: found[name] for name in _TEST_METRICS}

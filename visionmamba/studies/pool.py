@@ -23,15 +23,10 @@ from visionmamba.studies.jobs import Job, Outcome, run_job
 class TrainingPool:
     """Trains jobs in so many processes; with one, in the caller's own."""
 
-    def __init__(self, num_processes: int, *, threads: int | None = None) -> None:
-        """Starts nothing yet.
-
-        Args:
-            num_processes: trainings at the same time.
-            threads: PyTorch's threads in each process; None leaves PyTorch's own choice.
-        """
+    def __init__(self, num_processes: int) -> None:
+        """Starts nothing yet; the processes share the machine's cores, unless OMP_NUM_THREADS says
+        how many threads each has."""
         self._num_processes = num_processes
-        self._threads = threads
         self._waiting: deque[Job] = deque()
         self._workers: list[_Worker] = []
         self._answers: queue.SimpleQueue[tuple[_Worker, Any]] = queue.SimpleQueue()
@@ -102,7 +97,7 @@ class TrainingPool:
             if idle is None:
                 if len(self._workers) == self._num_processes:
                     return
-                idle = _Worker(self._answers, threads=self._threads)
+                idle = _Worker(self._answers, threads=max(1, _num_cores() // self._num_processes))
                 self._workers.append(idle)
             idle.give(self._waiting.popleft())
 
@@ -110,14 +105,11 @@ class TrainingPool:
 class _Worker:
     """A process that trains what it is given, and the thread that hears its answers."""
 
-    def __init__(
-        self, answers: "queue.SimpleQueue[tuple[_Worker, Any]]", *, threads: int | None
-    ) -> None:
+    def __init__(self, answers: "queue.SimpleQueue[tuple[_Worker, Any]]", *, threads: int) -> None:
         self.job: Job | None = None
-        environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "visionmamba.studies.worker"],
-            env=os.environ | environment,
+            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -158,6 +150,11 @@ class _Worker:
         if self.job is not None:
             log, code = self.job.log, self._process.wait()
             answers.put((self, RuntimeError(f"a training ended with code {code}; {log} tells why")))
+
+
+def _num_cores() -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from visionmamba.studies.study import Study, Variant
 
+_LEFT_TO_FILES = ("seeds", "parameters", "minutes")
+"""Columns that a terminal has no room for."""
 _LABELS = {"accuracy": "top-1", "miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
 
 
@@ -126,7 +129,7 @@ class StudyResult:
     @property
     def test_score(self) -> str:
         """The score's name among the metrics of the test split."""
-        return self.study.score.removeprefix("val_")
+        return self.study.score.removeprefix("val_").removesuffix("_ema")
 
     def sweep(self, variant: "Variant") -> dict[float, Scores]:
         """Returns the scores at each learning rate of the sweep that has a result."""
@@ -215,7 +218,7 @@ class StudyResult:
         if failed:
             places = ", ".join(f"{run.variant} at {run.lr:g}" for run in failed)
             said.append(f"The loss was not finite in {len(failed)} runs: {places}.")
-        if self.study.test_split is None:
+        if self.study.test_split is None and len(self.study.learning_rates) > 1:
             said.append("The validation split also chose the learning rates.")
         return said
 
@@ -290,16 +293,19 @@ class StudyResult:
         table = Table(
             box=SIMPLE_HEAD, pad_edge=False, title=self.study.title, caption=self._schedule()
         )
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading == "variant" else "right")
+        shown = [heading not in _LEFT_TO_FILES for heading in headings]
+        for heading in compress(headings, shown):
+            is_text = heading == "variant"
+            table.add_column(heading.replace(" ", "\n"), justify="left" if is_text else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(cell.replace(" to ", "\nto ") for cell in compress(row, shown)))
         return table
 
     def _schedule(self) -> str:
         study = self.study
-        counted = "last" if study.judged == "last" else "best"
-        said = f"{study.epochs} epochs, weights of the {counted} one"
+        which, _, average = study.judged.partition("_")
+        weights = "averaged weights" if average else "weights"
+        said = f"{study.epochs} epochs, {weights} of the {which} one"
         if len(study.learning_rates) > 1:
             rates = ", ".join(f"{lr:g}" for lr in study.learning_rates)
             said += f"; learning rates {rates} tried for {study.short_epochs} epochs"

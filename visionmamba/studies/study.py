@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionmamba.bench.machine import choose_device, describe_machine
+from visionmamba.data.mask_folders import MaskSplit
 from visionmamba.studies.jobs import AnyRecipe, Job, Judged, Outcome
 from visionmamba.studies.pool import TrainingPool
 from visionmamba.studies.results import Run, StudyResult
@@ -84,9 +85,9 @@ class Study:
     score: str = "val_accuracy"
     """Metric that chooses and ranks, 0 to 1; higher is better."""
     judged: Judged = "last"
-    """Whether the weights after the last epoch count, or those of the best one on the validation
-    split."""
-    test_split: str | None = None
+    """Whether the weights after the last epoch count, those of the best one on the validation
+    split, or their moving average."""
+    test_split: MaskSplit | None = None
     """Split that the weights which count are judged on too; it chooses nothing."""
     notes: tuple[str, ...] = ()
     """Sentences for below the table."""
