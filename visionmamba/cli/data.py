@@ -43,7 +43,8 @@ def check(given: list[str]) -> int:
 
     from visionmamba.data import check_masks
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking", total=None)
         report = check_masks(
             options.folder,

@@ -1,17 +1,22 @@
 """Folders of pictures with masks: ADE20K, Cityscapes, and any folder with a file of classes."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from visionmamba.data.class_files import (
+    CLASS_FILES,
+    is_outside,
+    read_ade20k_names,
+    read_classes,
+    say_outside,
+)
 from visionmamba.data.class_tables import ADE20K_CLASSES, CITYSCAPES_CLASSES, CITYSCAPES_MAX_ID
 from visionmamba.data.image_files import IMAGE_SUFFIXES, MAX_PIXELS
 from visionmamba.data.masks import (
     IGNORE,
-    MAX_CLASSES,
     FileMasks,
     MaskError,
     MaskProblem,
@@ -24,10 +29,8 @@ from visionmamba.data.shapes import Shapes
 MaskSplit = Literal["train", "val", "test"]
 MaskFormat = Literal["ade20k", "cityscapes", "folder"]
 
-_MAX_CLASS_FILE_BYTES = 1 << 20
-_MAX_NAME_LENGTH = 200
+_UNKNOWN = -1  # as in FileMasks.class_of
 _ADE20K_FOLDERS = {"train": "training", "val": "validation"}
-_CLASS_FILES = ("classes.json", "classes.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +66,9 @@ class MaskFolder:
     def open(self, split: MaskSplit) -> FileMasks:
         """Returns the pictures of one split, "val" being that in val_split; raises as `build`."""
         _check_root(self.root, "train/images, train/masks and a file of classes")
-        classes = _read_class_file(self.root)
+        classes = read_classes(self.root)
         name = self.val_split if split == "val" else split
-        if Path(name).name != name:
+        if name in ("", ".", "..") or Path(name).name != name:
             raise ValueError(f"val_split must be the name of a folder in {self.root}, got {name!r}")
         images, masks = self.root / name / "images", self.root / name / "masks"
         class_of = list(range(len(classes.names)))
@@ -117,7 +120,7 @@ class ADE20K:
         images, masks = self.root / "images" / folder, self.root / "annotations" / folder
         return _open(
             _Listing(self.root, images, masks, lambda image: f"{image.stem}.png"),
-            class_names=_ade20k_names(self.root),
+            class_names=read_ade20k_names(self.root),
             class_of=[IGNORE, *range(len(ADE20K_CLASSES))],
             palette=None,
             on_unreadable=self.on_unreadable,
@@ -236,7 +239,7 @@ def _format_of(root: Path) -> MaskFormat:
         return "ade20k"
     if (root / "leftImg8bit").is_dir():
         return "cityscapes"
-    if any((root / name).is_file() for name in _CLASS_FILES) or any(root.glob("*/masks")):
+    if any((root / name).is_file() for name in CLASS_FILES) or any(root.glob("*/masks")):
         return "folder"
     raise ValueError(
         f"{root} holds no pictures with masks in a known layout; wanted train/images, train/masks "
@@ -256,16 +259,6 @@ class _Listing:
     in_subfolders: bool = False
     image_ending: str = ""
     mask_ending: str = ".png"
-
-
-@dataclass(frozen=True)
-class _Classes:
-    names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...] | None = None
-    ignore_index: int = IGNORE
-
-
-_UNKNOWN = -1  # as in FileMasks.class_of
 
 
 def _open(
@@ -350,7 +343,7 @@ def _files(
         folders = sorted(
             path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
         )
-    homes = (listing.root.resolve(), folder.resolve())
+    homes = (listing.root.resolve(), folder.resolve())  # users may link whole folders
     files: list[Path] = []
     problems: list[MaskProblem] = []
     for one in folders:
@@ -358,14 +351,10 @@ def _files(
             for entry in entries:
                 path = one / entry.name
                 is_wanted = path.suffix.lower() in suffixes and entry.name.endswith(ending)
-                if not is_wanted or entry.name.startswith(".") or entry.is_dir():
+                if not is_wanted or entry.name.startswith(".") or not entry.is_file():
                     continue
-                if entry.is_symlink() and not any(map(path.resolve().is_relative_to, homes)):
-                    message = (
-                        f"{path} is a link to {path.resolve()}, outside of {listing.root}; put the "
-                        "file itself there"
-                    )
-                    problems.append(MaskProblem("outside", path, message))
+                if entry.is_symlink() and is_outside(path, *homes):
+                    problems.append(MaskProblem("outside", path, say_outside(path, listing.root)))
                     continue
                 files.append(path)
     return sorted(files), sorted(problems)
@@ -374,97 +363,6 @@ def _files(
 def _check_root(root: Path, wanted: str) -> None:
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}; wanted one that holds {wanted}")
-
-
-def _read_class_file(root: Path) -> _Classes:
-    files = [root / name for name in _CLASS_FILES if (root / name).is_file()]
-    if not files:
-        raise FileNotFoundError(
-            f"there is no {root / _CLASS_FILES[0]} and no {root / _CLASS_FILES[1]}; write the "
-            "names of the classes into classes.txt, one a line in the order of their numbers"
-        )
-    file = files[0]
-    text = _read_text(file)
-    if file.suffix == ".txt":
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-        return _Classes(_checked_names(names, file))
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); correct it") from None
-    if not isinstance(content, dict) or "classes" not in content:
-        raise ValueError(f'{file} names no classes; wanted {{"classes": ["road", "car", ...]}}')
-    class_names = _checked_names(content["classes"], file)
-    return _Classes(
-        class_names,
-        _checked_palette(content.get("palette"), len(class_names), file),
-        _checked_ignore_index(content.get("ignore_index", IGNORE), file),
-    )
-
-
-def _read_text(file: Path) -> str:
-    size = file.stat().st_size
-    if size > _MAX_CLASS_FILE_BYTES:
-        raise ValueError(f"{file} has {size} bytes, too many for a list of classes; check the file")
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8 ({error}); save it as such") from None
-
-
-def _checked_names(names: Any, file: Path) -> tuple[str, ...]:
-    if not isinstance(names, list) or not 2 <= len(names) <= MAX_CLASSES:
-        count = len(names) if isinstance(names, list) else "no list of them"
-        raise ValueError(f"{file} must name 2 to {MAX_CLASSES} classes, got {count}")
-    for name in names:
-        if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise ValueError(f"{file} has the class {name!r:.80}, wanted one of printable text")
-        if len(name) > _MAX_NAME_LENGTH:
-            raise ValueError(
-                f"{file} has a class name of {len(name)} characters, more than "
-                f"{_MAX_NAME_LENGTH}; shorten it"
-            )
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise ValueError(f"{file} names the class {repeated} more than once; rename one")
-    return tuple(names)
-
-
-def _checked_palette(
-    palette: Any, num_classes: int, file: Path
-) -> tuple[tuple[int, int, int], ...] | None:
-    if palette is None:
-        return None
-    rows = palette if isinstance(palette, list) else []
-    colours = [row for row in rows if isinstance(row, list) and len(row) == 3]
-    is_good = len(colours) == len(rows) == num_classes and all(
-        type(value) is int and 0 <= value <= 255 for colour in colours for value in colour
-    )
-    if not is_good:
-        raise ValueError(
-            f"{file} must give its palette as {num_classes} lists of red, green and blue, 0 to "
-            "255, one a class; correct or remove it"
-        )
-    return tuple((red, green, blue) for red, green, blue in colours)
-
-
-def _checked_ignore_index(number: Any, file: Path) -> int:
-    if type(number) is not int or not 0 <= number <= 255:
-        raise ValueError(f"{file} must give ignore_index from 0 to 255, got {number!r:.80}")
-    return number
-
-
-def _ade20k_names(root: Path) -> tuple[str, ...]:
-    file = root / "objectInfo150.txt"
-    if not file.is_file():
-        return ADE20K_CLASSES
-    rows = [line.split("\t") for line in _read_text(file).splitlines()[1:] if line.strip()]
-    if len(rows) != len(ADE20K_CLASSES):
-        raise ValueError(
-            f"{file} describes {len(rows)} classes, wanted {len(ADE20K_CLASSES)}; unpack it again "
-            "or remove it"
-        )
-    return _checked_names([row[-1].split(",")[0].strip() for row in rows], file)
 
 
 def _cityscapes_numbers(kind: str) -> list[int]:
