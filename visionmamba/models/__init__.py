@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from visionmamba.models.mixer import BidirectionalMixer, DirectionalSSM
     from visionmamba.models.published import load_published
     from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
+    from visionmamba.models.start import load_backbone, load_segmenter
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import WeightsHeader, load, read_header, save
 
@@ -28,7 +29,9 @@ __all__ = [
     "VimConfig",
     "WeightsHeader",
     "load",
+    "load_backbone",
     "load_published",
+    "load_segmenter",
     "read_header",
     "save",
 ]
@@ -45,7 +48,9 @@ _HOMES = {
     "VimConfig": "config",
     "WeightsHeader": "weights",
     "load": "weights",
+    "load_backbone": "start",
     "load_published": "published",
+    "load_segmenter": "start",
     "read_header": "weights",
     "save": "weights",
 }

@@ -157,8 +157,8 @@ class SegmentationModel(nn.Module):
             )
         self.config = config
         is_upernet = config.head == "upernet"
-        self.kinds = feature_kinds(config.features, config.last_features, is_upernet)
-        self.backbone = bare_backbone(config.backbone, self.kinds)
+        self.kinds = feature_kinds(config)
+        self.backbone = bare_backbone(config)
         self.layers = layers_of_levels(self.backbone, len(STRIDES_PX))[-len(self.kinds) :]
         d_model, channels = config.d_model, config.channels or config.d_model
         self.pyramid: FeaturePyramid | None = None
@@ -228,21 +228,21 @@ class SegmentationModel(nn.Module):
             )
 
 
-def feature_kinds(
-    features: FeatureKind, last_features: FeatureKind | None, is_upernet: bool = True
-) -> list[FeatureKind]:
-    """Return the kind of each map that a head reads: four of a pyramid, or the last alone."""
-    last = last_features or features
-    return [*[features] * (len(STRIDES_PX) - 1), last] if is_upernet else [last]
+def feature_kinds(config: SegmenterConfig) -> list[FeatureKind]:
+    """Return the kind of each map that the head reads: four of a pyramid, or the last alone."""
+    last = config.last_features or config.features
+    if config.head == "segmenter":
+        return [last]
+    return [*[config.features] * (len(STRIDES_PX) - 1), last]
 
 
-def bare_backbone(config: VimConfig | DeiTConfig, kinds: Sequence[FeatureKind]) -> Vim | DeiT:
-    """Return a freshly initialised backbone with no parameter that features of `kinds` do not use.
+def bare_backbone(config: SegmenterConfig) -> Vim | DeiT:
+    """Return a freshly initialised backbone with no parameter that the head's maps do not use.
 
     Its own forward, which makes class scores, is of no use.
     """
-    backbone = replace(config, num_classes=0).build()
-    if "normed" not in kinds:
+    backbone = config.backbone.build()
+    if "normed" not in feature_kinds(config):
         backbone.norm = nn.Identity()
     return backbone
 
