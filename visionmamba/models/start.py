@@ -74,7 +74,7 @@ def load_backbone(
     if isinstance(backbone, Vim):
         state, report = _start_vim(path, backbone.config, is_ours, which)
     else:
-        state, report = _start_deit(path, backbone.config, is_ours, which)
+        state, report = _start_deit(path, backbone, is_ours, which)
     wanted = backbone.state_dict()
     left_out = ("head.", "norm.")  # unless wanted
     fitted = {k: t for k, t in state.items() if k in wanted or not k.startswith(left_out)}
@@ -124,9 +124,10 @@ def _start_vim(path: Path, config: VimConfig, is_ours: bool, which: Which) -> _S
     return vim.state_dict(), _report(path, held, changes, _differences(held, config))
 
 
-def _start_deit(path: Path, config: DeiTConfig, is_ours: bool, which: Which) -> _Started:
-    """Return the tensors of a DeiT with the shapes of `config`, and the report."""
+def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started:
+    """Return tensors with the shapes of a DeiT's, and the report."""
     held: DeiTConfig | None = None
+    config = deit.config
     if is_ours:
         found, state = _read_ours(path)
         if not isinstance(found, DeiTConfig):
@@ -151,10 +152,17 @@ def _start_deit(path: Path, config: DeiTConfig, is_ours: bool, which: Which) -> 
         old_grid = (side, side)
     changes = []
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    if old_grid != _grid(config):
-        layouts = (old_grid, (0,)), (_grid(config), (0,))
-        state["pos_embed"] = fit_positions(state["pos_embed"], *layouts)
-        changes.append(f"position embedding resized from {old_grid} to {_grid(config)} patches")
+    new_grid = _grid(config)
+    old_places: tuple[int, ...] = (0,) if "cls_token" in state else ()
+    new_places = old_places if deit.cls_token is not None else ()
+    if (old_grid, old_places) != (new_grid, new_places):
+        rows = state["pos_embed"]
+        state["pos_embed"] = fit_positions(rows, (old_grid, old_places), (new_grid, new_places))
+    if old_grid != new_grid:
+        changes.append(f"position embedding resized from {old_grid} to {new_grid} patches")
+    if old_places and not new_places:
+        del state["cls_token"]
+        changes.append("class token dropped")
     filters = state.get("patch_embed.proj.weight")
     if filters is not None and filters.dim() == 4 and filters.shape[1] != config.in_channels:
         state["patch_embed.proj.weight"] = fit_channels(filters, config.in_channels)
