@@ -179,7 +179,7 @@ def test_ade20k_counts_from_one_and_ignores_zero(tmp_path: Path) -> None:
 def test_ade20k_refuses_numbers_above_150(tmp_path: Path) -> None:
     file = ade20k(tmp_path) / "annotations" / "training" / "ADE_train_00000001.png"
     save_mask(file, bands(10, 12, (0, 151)))
-    with pytest.raises(MaskError, match="holds the number 151 .*; the numbers .* are 0 to 150"):
+    with pytest.raises(MaskError, match=r"holds the number 151 .*; the numbers .* are 0 to 150"):
         ADE20K(root=tmp_path).open("train").mask(0)
 
 
@@ -220,7 +220,7 @@ def test_cityscapes_prefers_train_ids(tmp_path: Path) -> None:
 def test_secret_masks_are_not_looked_for(
     tmp_path: Path, source: type[ADE20K] | type[Cityscapes]
 ) -> None:
-    with pytest.raises(ValueError, match="test; take train or val|test split; take train or val"):
+    with pytest.raises(ValueError, match=r"test.*; take train or val"):
         source(root=tmp_path).open("test")
 
 

@@ -266,12 +266,17 @@ def _draw_window(resized: tuple[int, int], crop: tuple[int, int]) -> _Window:
 
 
 def _cut_mask(mask: NDArray[np.uint8], window: _Window) -> NDArray[np.uint8]:
-    """Returns the window of the resized mask: of each pixel's centre the one below it."""
-    down, right = mask.shape[0] / window.resized_height, mask.shape[1] / window.resized_width
-    rows = ((np.arange(window.top, window.top + window.height) + 0.5) * down).astype(np.intp)
-    columns = ((np.arange(window.left, window.left + window.width) + 0.5) * right).astype(np.intp)
+    """Returns the window of the resized mask: of each pixel the one under its centre."""
+    rows = _nearest(mask.shape[0], window.resized_height, window.top, window.height)
+    columns = _nearest(mask.shape[1], window.resized_width, window.left, window.width)
     cut: NDArray[np.uint8] = mask[rows][:, columns]
     return cut
+
+
+def _nearest(length: int, resized: int, start: int, count: int) -> NDArray[np.intp]:
+    """Returns (count,): the places in a line under the centres of those in the resized line."""
+    places = (2 * np.arange(start, start + count) + 1) * length // (2 * resized)
+    return places.astype(np.intp)
 
 
 def _largest_share(mask: NDArray[np.uint8]) -> float:
