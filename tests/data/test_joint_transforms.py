@@ -17,8 +17,6 @@ UNCHANGED = SegmentationAugmentation(
     min_scale=1, max_scale=1, max_category_share=1, flip=0, photometric=False
 )
 ODD_SIZES = [(41, 67), (97, 33), (65, 63), (7, 5)]  # whose pixels no centre falls between
-    0.95  # rows and columns on the edge of two pixels may take either; shifts break more
-)
 MOVES = SegmentationAugmentation(photometric=False)
 
 
