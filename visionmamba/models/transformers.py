@@ -256,8 +256,9 @@ def to_transformers(model: SegmentationModel) -> UperNetForSemanticSegmentation:
 
 def _parts(config: _PyramidConfig) -> tuple[Vim | DeiT, FeaturePyramid]:
     segmenter = config.segmenter_config()
+    backbone = bare_backbone(segmenter)
     pyramid = FeaturePyramid(segmenter.d_model, kind="segmentation", stride=segmenter.stride)
-    return bare_backbone(segmenter), pyramid
+    return backbone, pyramid
 
 
 def _tensors(module: nn.Module) -> dict[str, Any]:
