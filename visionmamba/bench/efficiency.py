@@ -16,6 +16,7 @@ from visionmamba.bench.cases import (
     ModelName,
     OutOfMemory,
     Precision,
+    SegmenterHead,
     Size,
     check_available,
     is_vim,
@@ -63,6 +64,10 @@ class Efficiency:
     """bfloat16: weights and input in inference, autocast in training; auto takes it on a GPU."""
     pyramid: bool = False
     """Measure backbone and feature pyramid without classifier, as the paper's figures 3 and 4."""
+    segmenter: SegmenterHead | None = None
+    """Measure segmenters with this head; `bench segmentation` does, in both modes."""
+    num_classes: int = 1000
+    """Outputs of the classifier, or of every pixel."""
     cuda_graphs: bool = True
     """On a GPU replay every pass of every model from a CUDA graph, where it can be captured."""
     threads: int | None = None
@@ -121,6 +126,10 @@ class Efficiency:
                 )
         if self.pyramid and self.mode == "train":
             raise ValueError("pyramid has no loss to train with; leave out --mode train")
+        if self.pyramid and self.segmenter is not None:
+            raise ValueError("a segmenter has a pyramid of its own; leave out one of them")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1; got {self.num_classes}")
 
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
@@ -213,6 +222,8 @@ class Efficiency:
             device=device,
             precision=self.precision_on(device),
             pyramid=self.pyramid,
+            segmenter=self.segmenter,
+            num_classes=self.num_classes,
             cuda_graphs=self.cuda_graphs,
             image=self.image,
         )

@@ -39,9 +39,10 @@ commands:
   ablate bidirectional|backbone --task TASK --out DIR
                                 the paper's table 4; Vim against DeiT: variants trained over
                                 learning rates and seeds, or taken up where they were left
-  bench efficiency|kernels|complexity|loader
-                                time and memory against DeiT; the kernels one by one; operations
-                                and bytes beside the paper's formulas; images/s of the loader
+  bench efficiency|segmentation|kernels|complexity|loader
+                                time and memory against DeiT, of classifiers and of segmenters; the
+                                kernels one by one; operations and bytes beside the paper's
+                                formulas; images/s of the loader
 
 options:
   -h, --help                    this text; `visionmamba COMMAND --help` for a command's options
