@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = (
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION = 0x0112  # EXIF: how the camera was held
 _TURNED = (5, 6, 7, 8)  # by a quarter, so that height and width change places
+_PNG_EXIF = {"exif", "Raw profile type exif"}  # where Pillow finds it before the pixels
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _bomb_limit_lock = threading.Lock()
 
@@ -75,8 +76,7 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         UnreadableImageError: it is no image, or too large.
     """
     with opened_image(path, path, max_pixels=max_pixels) as image:
-        is_turned = image.getexif().get(_ORIENTATION) in _TURNED
-        return image.size if is_turned else (image.height, image.width)
+        return image.size if _is_turned(image) else (image.height, image.width)
 
 
 @contextmanager
@@ -123,6 +123,12 @@ def _open(source: Path | io.BytesIO, name: str | Path, max_pixels: int) -> Image
     with opened_image(source, name, max_pixels=max_pixels) as image:
         image.load()
         return as_upright_eight_bit(image, name)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    if image.format == "PNG" and not _PNG_EXIF & image.info.keys():
+        return False  # Pillow would decode all pixels to look for EXIF behind them
+    return image.getexif().get(_ORIENTATION) in _TURNED
 
 
 def as_upright_eight_bit(image: Image.Image, name: str | Path) -> Image.Image:
