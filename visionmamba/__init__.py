@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from visionmamba.models.weights import load, save
     from visionmamba.ops import selective_scan
     from visionmamba.tasks.classifier import Classification, Classifier
+    from visionmamba.tasks.segmenter import Segmentation, Segmenter
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,8 @@ __all__ = [
     "Classification",
     "Classifier",
     "DeiTConfig",
+    "Segmentation",
+    "Segmenter",
     "Vim",
     "VimBlock",
     "VimConfig",
@@ -42,6 +45,8 @@ _HOMES = {
     "Classification": "visionmamba.tasks.classifier",
     "Classifier": "visionmamba.tasks.classifier",
     "DeiTConfig": "visionmamba.models.deit",
+    "Segmentation": "visionmamba.tasks.segmenter",
+    "Segmenter": "visionmamba.tasks.segmenter",
     "Vim": "visionmamba.models.vim",
     "VimBlock": "visionmamba.models.vim",
     "VimConfig": "visionmamba.models.config",

@@ -62,8 +62,8 @@ class Eval:
     scales: tuple[float, ...] | None = None
     """Segmenter: sizes to judge at, as shares of the image's own, averaged; 0.5 0.75 1 1.25 1.5
     1.75 in published multi-scale results."""
-    flip: bool | None = None
-    """Segmenter: judge the mirrored image too."""
+    flip: bool = False
+    """Segmenter: judge the mirrored image too, whatever the weights say."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model."""
     device: str = "auto"
@@ -103,8 +103,8 @@ class Predict:
     """Segmenter: windows that go through the model at once."""
     scales: tuple[float, ...] | None = None
     """Segmenter: sizes to judge at, as shares of the image's own, averaged."""
-    flip: bool | None = None
-    """Segmenter: judge the mirrored image too."""
+    flip: bool = False
+    """Segmenter: judge the mirrored image too, whatever the weights say."""
     json: bool = False
     """Print JSON instead of text."""
     out: Path | None = None
@@ -215,12 +215,16 @@ def _is_segmenter(
     is_segmenter = task == "segmentation"
     foreign = of_classifiers if is_segmenter else (*_WINDOW_OPTIONS, "short_side")
     for name in foreign:
-        if getattr(options, name, None) is not None:
+        if _is_given(getattr(options, name, None)):
             raise ValueError(
                 f"--{name.replace('_', '-')} is not for {task}, which {options.weights} was "
                 "trained for; leave it out"
             )
     return is_segmenter
+
+
+def _is_given(value: object) -> bool:
+    return value is not None and value is not False
 
 
 def _inference_of(options: Eval | Predict, header: "WeightsHeader | None") -> "Inference":
@@ -230,7 +234,7 @@ def _inference_of(options: Eval | Predict, header: "WeightsHeader | None") -> "I
     assert header is not None
     values = dict(header.details.get("inference", {}))
     given = {name: getattr(options, name) for name in _WINDOW_OPTIONS}
-    values |= {name: value for name, value in given.items() if value is not None}
+    values |= {name: value for name, value in given.items() if _is_given(value)}
     if options.crop_size is not None and options.stride is None:
         values["stride"] = max(1, round(options.crop_size * 2 / 3))
     inference = Inference.from_dict(values)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from visionmamba.data import IGNORE, PADDING, SegmentationBatch, SegmentationPreprocessing
 from visionmamba.data.masks import MAX_CLASSES
 from visionmamba.models.weights import save
-from visionmamba.tasks.overlay import draw_rows, paint_labels, palette_of
+from visionmamba.tasks.overlay import add_legend, draw_rows, paint_labels, palette_of
 from visionmamba.tasks.sliding import Inference, predict_labels, score_bands
 
 TASK_NAME = "segmentation"
@@ -154,7 +154,7 @@ class SegmentationTask(nn.Module):
         """Returns picture, true mask and predicted mask of the first four rows of a batch.
 
         Runs the model, which is in evaluation mode, without gradients. Pixels without a label are
-        white. None when the batch holds nothing but padding.
+        white, and the classes' colours are named below. None when the batch is nothing but padding.
         """
         held = (batch.indices != PADDING).nonzero().flatten()[:_NUM_DRAWN]
         if not len(held):
@@ -171,7 +171,8 @@ class SegmentationTask(nn.Module):
             ]
             for image, mask, labels in zip(images, masks, predicted, strict=True)
         ]
-        return draw_rows(rows, ("picture", "true mask", "predicted mask"))
+        drawn = draw_rows(rows, ("picture", "true mask", "predicted mask"))
+        return add_legend(drawn, list(zip(self.class_names, self.palette, strict=True)))
 
     def save_weights(self, path: Path) -> None:
         """Writes the model with all that `Segmenter.load` needs."""

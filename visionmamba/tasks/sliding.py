@@ -240,7 +240,7 @@ class _View:
 
     def _forget(self, start: int) -> None:
         if self._sums is not None and start > self._first:
-            self._sums = self._sums[:, :, start - self._first :]  # freed by the next copy
+            self._sums = self._sums[:, :, start - self._first :]
             self._first = start
 
     def _add_windows(self, top: int) -> None:
@@ -259,12 +259,14 @@ class _View:
 
     def _reach(self, stop: int, like: Tensor) -> Tensor:
         """Returns the sums, with rows of zeros for those up to `stop` that are not there yet."""
-        num_images, num_classes = like.shape[:2]
-        num_held = 0 if self._sums is None else self._sums.shape[2]
-        num_missing = stop - self._first - num_held
-        if self._sums is None or num_missing > 0:
-            zeros = like.new_zeros(num_images, num_classes, num_missing, self.across)
-            self._sums = zeros if self._sums is None else torch.cat([self._sums, zeros], dim=2)
+        num_rows = stop - self._first
+        if self._sums is not None and self._sums.shape[2] >= num_rows:
+            return self._sums
+        kept = None if self._sums is None else self._sums.clone()
+        self._sums = None  # what is forgotten is freed before more is asked for
+        self._sums = like.new_zeros(*like.shape[:2], num_rows, self.across)
+        if kept is not None:
+            self._sums[:, :, : kept.shape[2]] = kept
         return self._sums
 
     def _window(self, top: int, left: int) -> Tensor:
