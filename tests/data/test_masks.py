@@ -1,5 +1,6 @@
 """Reading masks: numbers as they are stored, or one sentence that says why not."""
 
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -69,6 +70,14 @@ def test_size_that_differs_is_named(train: FileMasks) -> None:
     save_mask(train.mask_files[0], bands(7, 8))
     with pytest.raises(MaskError, match=r"0.png is 8x7 px, its picture .*0.png 16x12"):
         train.mask(0)
+
+
+def test_error_reaches_other_processes_whole(train: FileMasks) -> None:
+    save_mask(train.mask_files[0], bands(7, 8))
+    with pytest.raises(MaskError) as caught:
+        train.mask(0)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.kind, str(copy)) == ("wrong size", str(caught.value))
 
 
 def test_colours_are_refused(train: FileMasks) -> None:

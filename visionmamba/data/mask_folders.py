@@ -320,9 +320,9 @@ def _first_of(
 ) -> MaskError:
     skip = 'or leave such pictures out with on_unreadable="skip"'
     if problems:
-        return MaskError(problems[0].kind, f"{problems[0].message}, {skip}")
+        return MaskError(f"{problems[0].message}, {skip}", problems[0].kind)
     count = f"{len(missing)} of the {num_images} images in {folder} have no mask"
-    return MaskError("missing mask", f"{count}, the first: {missing[0].message}, {skip}")
+    return MaskError(f"{count}, the first: {missing[0].message}, {skip}", "missing mask")
 
 
 def _mask_of(listing: _Listing, image: Path) -> Path:

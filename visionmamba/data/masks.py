@@ -41,7 +41,7 @@ _NUM_NUMBERS = 256  # that a mask's table of meanings can have
 class MaskError(UnreadableImageError):
     """A mask that cannot be used; the message names the file, what is wrong and what to do."""
 
-    def __init__(self, kind: ProblemKind, message: str) -> None:
+    def __init__(self, message: str, kind: ProblemKind = "unreadable") -> None:
         super().__init__(message)
         self.kind = kind
 
@@ -150,9 +150,9 @@ class FileMasks:
         height, width = self.size(index)
         if numbers.shape != (height, width):
             raise MaskError(
-                "wrong size",
                 f"{file} is {numbers.shape[1]}x{numbers.shape[0]} px, its picture "
                 f"{self.image_files[index]} {width}x{height}; make both the same size",
+                "wrong size",
             )
         return self._classes(numbers, file)
 
@@ -177,11 +177,11 @@ class FileMasks:
             row, column = (int(place) for place in np.argwhere(unknown)[0])
             known = [number for number, index in enumerate(self.class_of) if index != _UNKNOWN]
             raise MaskError(
-                "class index",
                 f"{file} holds the number {stored[row, column]} at row {row}, column {column} "
                 f"({unknown.sum()} such pixels), which means none of the {len(self.class_names)} "
                 f"classes; the numbers with a meaning are {_ranges(known)}: correct the mask or "
                 "the list of classes",
+                "class index",
             )
         mask: NDArray[np.uint8] = classes.astype(np.uint8)
         return mask
@@ -250,9 +250,8 @@ def read_numbers(file: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.inte
         with opened_image(file, file, max_pixels=max_pixels) as image:
             if image.mode not in _INDEX_MODES:
                 raise MaskError(
-                    "unreadable",
                     f"{file} holds colours (Pillow's mode {image.mode}), wanted one class number a "
-                    "pixel; save it as a palette or gray PNG",
+                    "pixel; save it as a palette or gray PNG"
                 )
             tiles: Any = getattr(image, "tile", None)
             stored_as = tiles[0].args if tiles else None
@@ -260,7 +259,7 @@ def read_numbers(file: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.inte
     except MaskError:
         raise
     except UnreadableImageError as error:
-        raise MaskError("unreadable", str(error)) from error
+        raise MaskError(str(error)) from error
     if numbers.dtype == np.bool_:
         return numbers.astype(np.uint8)
     factor = _NARROW_GRAY.get(stored_as) if isinstance(stored_as, str) else None
