@@ -29,8 +29,9 @@ Vision Mamba (Vim): train, use and measure it.
 commands:
   train RECIPE --out DIR        train a recipe, or go on where an interrupted run was left;
                                 `train finetune` is for a folder of your own
-  eval WEIGHTS DATA             accuracy of own or published weights on labelled images
-  predict WEIGHTS IMAGE...      what images show
+  eval WEIGHTS DATA             accuracy of own or published weights on labelled images, IoU of
+                                segmenters on images with masks
+  predict WEIGHTS IMAGE...      what images show, or with a segmenter every pixel of them
   check FOLDER                  whether pictures and masks can be used; shares of the classes
   models                        the published weights: names, accuracies, where they are
   convert IN OUT.safetensors    published weights as safetensors that eval and predict take
