@@ -57,6 +57,8 @@ class BackboneComparison(StudySettings):
     """Side in pixels of the pictures in classification."""
     pretraining_lr: float = 1e-3
     """Peak learning rate of classification."""
+    pretraining_batch_size: int = 256
+    """Pictures of a step in classification."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,6 +178,7 @@ class BackboneComparison(StudySettings):
             model=model,
             preprocessing=replace(plain.preprocessing, image_size=side),
             optimizer=replace(plain.optimizer, lr=self.pretraining_lr),
+            batch_size=self.pretraining_batch_size,
             precision=recipe.precision,
         )
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from visionmamba.data.mask_folders import MaskSplit
+from visionmamba.data import MaskSplit
 from visionmamba.recipes.recipe import Recipe
 from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.tasks.segmentation_evaluation import evaluate_segmentation

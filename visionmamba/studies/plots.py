@@ -9,6 +9,8 @@ from visionmamba.training import read_metrics
 from visionmamba.training.folder import METRICS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from visionmamba.studies.results import StudyResult
     from visionmamba.studies.study import Variant
 
@@ -40,12 +42,7 @@ def plot_curves(result: "StudyResult", theme: Theme = "light") -> bytes:
             axes.fill_between(epochs, lowest, highest, color=color, alpha=0.15, linewidth=0)
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{study.score.removeprefix('val_')}, validation, %")
-        axes.figure.legend(
-            loc="outside lower left",
-            frameon=False,
-            fontsize=9,
-            labelcolor=axes.xaxis.label.get_color(),
-        )
+        _name_curves(axes)
     return buffer.getvalue()
 
 
@@ -77,13 +74,19 @@ def plot_rates(result: "StudyResult", theme: Theme = "light") -> bytes:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("peak learning rate")
         axes.set_ylabel(f"{study.score.removeprefix('val_')}, validation, %")
+        _name_curves(axes)
+    return buffer.getvalue()
+
+
+def _name_curves(axes: "Axes") -> None:
+    """Puts a legend below, once there is something to name."""
+    if axes.get_legend_handles_labels()[0]:
         axes.figure.legend(
             loc="outside lower left",
             frameon=False,
             fontsize=9,
             labelcolor=axes.xaxis.label.get_color(),
         )
-    return buffer.getvalue()
 
 
 def _styled(variants: "tuple[Variant, ...]", theme: Theme) -> "list[tuple[Variant, str, str]]":

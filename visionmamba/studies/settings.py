@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from visionmamba.data import MaskFolder
-from visionmamba.data.mask_folders import MaskSplit
+from visionmamba.data import MaskFolder, MaskSplit
 from visionmamba.recipes.camvid import vim_camvid
 from visionmamba.recipes.digits import digits_vim
 from visionmamba.recipes.scratch import vim_tiny_folder

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionmamba.bench.machine import choose_device, describe_machine
-from visionmamba.data.mask_folders import MaskSplit
+from visionmamba.data import MaskSplit
 from visionmamba.studies.jobs import AnyRecipe, Job, Judged, Outcome
 from visionmamba.studies.pool import TrainingPool
 from visionmamba.studies.results import Run, StudyResult
