@@ -3,6 +3,7 @@
 import json
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -225,6 +226,36 @@ def test_weights_without_preparation_are_refused(tmp_path: Path) -> None:
     save(model, tmp_path / "w.safetensors", task=TASK_NAME)
     with pytest.raises(ValueError, match="does not say how pictures are prepared"):
         Segmenter.load(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ({"inference": {"crop_size": "wide"}}, "has damaged inference settings"),
+        ({"inference": [1]}, "has damaged inference settings"),
+        ({"palette": [[0, 0]] * 3}, "has damaged colours"),
+        ({"palette": 7}, "has damaged colours"),
+    ],
+)
+def test_damaged_header_is_named(tmp_path: Path, details: dict, message: str) -> None:
+    backbone = DeiTConfig(image_size=32, patch_size=16, d_model=32, depth=2, num_heads=1)
+    model = SegmenterConfig(backbone=backbone, num_classes=3, head="segmenter").build()
+    path = tmp_path / "w.safetensors"
+    options = {"class_names": CLASSES, "preprocessing": PLAIN.to_dict(), "details": details}
+    save(model, path, task=TASK_NAME, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"w\.safetensors {message}"):
+        Segmenter.load(path)
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 70), (33, 2)])
+def test_thin_and_tiny_pictures_are_taken(
+    weights: Path, shape: tuple[int, int], mode: Literal["whole", "slide"]
+) -> None:
+    inference = Inference(mode=mode, crop_size=32, stride=21)
+    found = Segmenter.load(weights, device="cpu", inference=inference)(np.zeros(shape, np.uint8))
+    assert found.labels.shape == shape
+    assert found.to_dict()["width"] == shape[1]
 
 
 @pytest.mark.gpu

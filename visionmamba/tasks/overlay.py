@@ -14,6 +14,7 @@ Palette = tuple[tuple[int, int, int], ...]
 
 _IGNORE_COLOUR = (255, 255, 255)
 _GOLDEN_RATIO = 0.618034
+_LEGEND_WIDTH_PX = 900
 _LINE_PX = 18
 _SWATCH_PX = 12
 _FONT_PX = 12
@@ -77,27 +78,31 @@ def blend_labels(
 def add_legend(
     picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]]
 ) -> Image.Image:
-    """Returns the picture above a legend of texts and their colours, the first 24 of them."""
-    font = ImageFont.load_default(size=_FONT_PX)
+    """Returns the picture above a legend of texts and their colours, the first 24 of them.
+
+    Letters grow with a picture of more than 900 pixels across.
+    """
+    unit = max(1.0, picture.width / _LEGEND_WIDTH_PX)
+    line, swatch, gap = (round(unit * size) for size in (_LINE_PX, _SWATCH_PX, 4))
+    font = ImageFont.load_default(size=unit * _FONT_PX)
     hidden = len(entries) - _MAX_LEGEND_CLASSES
     shown = [(_shortened(text), colour) for text, colour in entries[:_MAX_LEGEND_CLASSES]]
     longest = max((font.getlength(text) for text, _ in shown), default=0)
-    column = round(longest) + _SWATCH_PX + 16
-    width = max(picture.width, column + 4)
+    column = round(longest) + swatch + 4 * gap
+    width = max(picture.width, column + gap)
     num_columns = max(1, width // column)
     num_lines = -(-len(shown) // num_columns) + (hidden > 0)
-    canvas = Image.new("RGB", (width, picture.height + num_lines * _LINE_PX + 6), "white")
+    canvas = Image.new("RGB", (width, picture.height + num_lines * line + 2 * gap), "white")
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(canvas)
     for number, (text, colour) in enumerate(shown):
-        left = 4 + number % num_columns * column
-        top = picture.height + 4 + number // num_columns * _LINE_PX
-        swatch = (left, top + 1, left + _SWATCH_PX, top + 1 + _SWATCH_PX)
-        draw.rectangle(swatch, fill=colour, outline="#5b6770")
-        draw.text((left + _SWATCH_PX + 6, top), text, fill="black", font=font)
+        left = gap + number % num_columns * column
+        top = picture.height + gap + number // num_columns * line
+        draw.rectangle((left, top, left + swatch, top + swatch), fill=colour, outline="#5b6770")
+        draw.text((left + swatch + gap, top + swatch // 2), text, "black", font=font, anchor="lm")
     if hidden > 0:
-        top = picture.height + 4 + (num_lines - 1) * _LINE_PX
-        draw.text((4, top), f"and {hidden} more", fill="black", font=font)
+        top = picture.height + gap + (num_lines - 1) * line
+        draw.text((gap, top + swatch // 2), f"and {hidden} more", "black", font=font, anchor="lm")
     return canvas
 
 

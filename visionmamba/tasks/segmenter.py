@@ -18,6 +18,7 @@ from visionmamba.data.masks import MAX_CLASSES
 from visionmamba.models.hub import find_weights
 from visionmamba.models.weights import (
     METADATA_KEY,
+    WeightsHeader,
     load,
     read_header,
     read_metadata,
@@ -203,13 +204,16 @@ class Segmenter:
                 f"{where} does not say how pictures are prepared and what the classes are called; "
                 "save it with visionmamba.save(..., class_names=..., preprocessing=...)"
             )
-        model = load(path, device=device)
+        try:
+            palette = palette_of(header.details.get("palette"), len(header.class_names))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where} has damaged colours ({error}); get it again") from None
         return cls(
-            model,
+            load(path, device=device),
             preprocessing=SegmentationPreprocessing.from_dict(header.preprocessing),
             class_names=header.class_names,
-            inference=inference or Inference.from_dict(header.details.get("inference", {})),
-            palette=header.details.get("palette"),
+            inference=inference or inference_of(header, where),
+            palette=palette,
             device=device,
         )
 
@@ -265,3 +269,15 @@ class Segmenter:
             file=str(picture) if isinstance(picture, str | Path) else None,
             picture=image,
         )
+
+
+def inference_of(header: WeightsHeader, where: str) -> Inference:
+    """Returns how the weights of a header go over pictures; one pass where they do not say.
+
+    Raises:
+        ValueError: what they say does not hold; the message names `where` they are.
+    """
+    try:
+        return Inference.from_dict(header.details.get("inference", {}))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} has damaged inference settings ({error})") from None
