@@ -104,6 +104,19 @@ def test_twin_of_vim_tiny_is_deit_tiny_under_the_same_recipe(tmp_path: Path) -> 
     ]  # fmt: skip
 
 
+def test_shorter_schedules_keep_the_share_of_the_warm_up(tmp_path: Path) -> None:
+    whole = vim_camvid()
+    assert whole.epoch_steps is not None
+    assert whole.optimizer.warmup_steps is not None
+    chosen = BackboneComparison(
+        task="segmentation", data=str(tmp_path), epochs=whole.epochs // 2, epoch_steps=100
+    )
+    recipe = chosen.plan().variants[0].recipe
+    steps = recipe.epochs * 100
+    share = whole.optimizer.warmup_steps / (whole.epochs * whole.epoch_steps)
+    assert recipe.optimizer.warmup_steps == round(share * steps)
+
+
 def test_averaged_weights_are_kept_only_to_be_judged(tmp_path: Path) -> None:
     chosen = BackboneComparison(task="segmentation", data=str(tmp_path), judged="last_ema")
     study = chosen.plan()

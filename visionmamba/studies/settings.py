@@ -10,10 +10,9 @@ from visionmamba.data import MaskFolder, MaskSplit
 from visionmamba.recipes.camvid import vim_camvid
 from visionmamba.recipes.digits import digits_vim
 from visionmamba.recipes.scratch import vim_tiny_folder
-from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.recipes.shapes import vim_shapes
 from visionmamba.studies.jobs import AnyRecipe, Judged
-from visionmamba.studies.study import RunOptions, Study, Variant
+from visionmamba.studies.study import RunOptions, Study, Variant, with_epochs
 from visionmamba.training import Precision
 
 Task = Literal["classification", "segmentation"]
@@ -41,7 +40,7 @@ class StudySettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds that each variant is trained with at its best learning rate."""
     epochs: int | None = None
-    """Epochs of the runs that count."""
+    """Epochs of the runs that count; the warm-up keeps its share of them."""
     sweep_epochs: int | None = None
     """Epochs of the runs that choose the learning rate; by default the whole schedule, and then the
     run at the best rate counts."""
@@ -128,13 +127,10 @@ class StudySettings:
     def with_options(self, recipe: AnyRecipe) -> AnyRecipe:
         """Returns the recipe with the options that were given."""
         recipe = replace(
-            recipe,
-            epochs=self.epochs or recipe.epochs,
+            with_epochs(recipe, self.epochs or recipe.epochs, epoch_steps=self.epoch_steps),
             batch_size=self.batch_size or recipe.batch_size,
             precision=self.precision or recipe.precision,
         )
-        if isinstance(recipe, SegmentationRecipe) and self.epoch_steps is not None:
-            recipe = replace(recipe, epoch_steps=self.epoch_steps)
         decay = recipe.ema_decay or _EMA_DECAY
         return replace(recipe, ema_decay=decay if self.judged.endswith("_ema") else None)
 

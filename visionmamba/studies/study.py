@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from visionmamba.bench.machine import choose_device, describe_machine
 from visionmamba.data import MaskSplit
+from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.studies.jobs import AnyRecipe, Job, Judged, Outcome
 from visionmamba.studies.pool import TrainingPool
 from visionmamba.studies.results import Run, StudyResult
@@ -177,16 +178,8 @@ class Study:
     def recipe_of(self, run: Run) -> AnyRecipe:
         """Returns what a run trains; a shorter schedule has a warm-up as much shorter."""
         recipe = self.variant(run.variant).recipe
-        optimizer = replace(recipe.optimizer, lr=run.lr)
-        if run.epochs != recipe.epochs:
-            share = run.epochs / recipe.epochs
-            steps = optimizer.warmup_steps
-            optimizer = replace(
-                optimizer,
-                warmup_epochs=optimizer.warmup_epochs * share,
-                warmup_steps=None if steps is None else round(steps * share),
-            )
-        return replace(recipe, optimizer=optimizer, epochs=run.epochs, seed=run.seed)
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=run.lr), seed=run.seed)
+        return with_epochs(recipe, run.epochs)
 
     def folder_of(self, run: Run) -> Path:
         """Returns the folder of a run, as `fit` fills it."""
@@ -286,6 +279,28 @@ class Study:
             "test_split": self.test_split,
             "variants": {variant.name: asdict(variant.recipe) for variant in self.variants},
         }
+
+
+def with_epochs(recipe: AnyRecipe, epochs: int, *, epoch_steps: int | None = None) -> AnyRecipe:
+    """Returns the recipe with another length; the warm-up keeps its share of it.
+
+    Args:
+        recipe: what is trained.
+        epochs: its new length.
+        epoch_steps: steps of an epoch of a segmentation recipe; None leaves them.
+    """
+    share, optimizer = epochs / recipe.epochs, recipe.optimizer
+    if isinstance(recipe, SegmentationRecipe) and epoch_steps is not None:
+        if recipe.epoch_steps is not None:
+            share *= epoch_steps / recipe.epoch_steps
+        recipe = replace(recipe, epoch_steps=epoch_steps)
+    steps = optimizer.warmup_steps
+    optimizer = replace(
+        optimizer,
+        warmup_epochs=optimizer.warmup_epochs * epochs / recipe.epochs,
+        warmup_steps=None if steps is None else round(steps * share),
+    )
+    return replace(recipe, optimizer=optimizer, epochs=epochs)
 
 
 def _flips_at_random(recipe: AnyRecipe) -> bool:
