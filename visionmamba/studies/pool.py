@@ -158,4 +158,5 @@ def _num_cores() -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a launcher may repeat it; Ctrl-C still ends all at once
     raise KeyboardInterrupt

@@ -298,7 +298,7 @@ class StudyResult:
             is_text = heading == "variant"
             table.add_column(heading.replace(" ", "\n"), justify="left" if is_text else "right")
         for row in rows:
-            table.add_row(*(cell.replace(" to ", "\nto ") for cell in compress(row, shown)))
+            table.add_row(*(cell.partition(" to ")[0] for cell in compress(row, shown)))
         return table
 
     def _schedule(self) -> str:
