@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from visionmamba.models.mixer import BidirectionalMixer
     from visionmamba.models.optimize import optimize
     from visionmamba.models.published import load_published
+    from visionmamba.models.segmentation import SegmenterConfig
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import load, save
     from visionmamba.ops import selective_scan
@@ -29,6 +30,7 @@ __all__ = [
     "DeiTConfig",
     "Segmentation",
     "Segmenter",
+    "SegmenterConfig",
     "Vim",
     "VimBlock",
     "VimConfig",
@@ -47,6 +49,7 @@ _HOMES = {
     "DeiTConfig": "visionmamba.models.deit",
     "Segmentation": "visionmamba.tasks.segmenter",
     "Segmenter": "visionmamba.tasks.segmenter",
+    "SegmenterConfig": "visionmamba.models.segmentation",
     "Vim": "visionmamba.models.vim",
     "VimBlock": "visionmamba.models.vim",
     "VimConfig": "visionmamba.models.config",

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from visionmamba import load, optimize, save
+from visionmamba import Vim, load, optimize, save
 from visionmamba.models import DeiTConfig, SegmenterConfig, VimConfig, read_header
 from visionmamba.models.mask_transformer import MaskTransformer
 from visionmamba.models.segmentation import SegmentationModel, read_maps
@@ -207,6 +208,32 @@ def test_classifiers_file_has_no_details(tmp_path):
 def test_classes_must_all_be_named(tmp_path):
     with pytest.raises(ValueError, match="class_names must name the model's 5 classes; got 2"):
         save(small().build(), tmp_path / "w.safetensors", class_names=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "vim"}, "damaged visionmamba header"),
+        ({"backbone": {"architecture": "resnet"}}, "damaged visionmamba header"),
+        ({"backbone": {"architecture": "vim", "d_modl": 3}}, "VimConfig has no option 'd_modl'"),
+        ({"head": ["upernet"]}, "cannot be built: head must be 'upernet' or 'segmenter'"),
+        ({"num_classes": 6}, r"does not fit its model: .*classifier.* must be \(6"),
+    ],
+)
+def test_header_that_does_not_hold_is_refused(changes, message, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save(small().build(), path)
+    header = read_header(path).to_dict()
+    header["config"] |= changes
+    save_file(load_file(path), path, metadata={"visionmamba": json.dumps(header)})
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_segmenter_is_no_classifier(tmp_path):
+    save(small().build(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="holds a segmenter and a classifier was wanted"):
+        Vim.from_pretrained(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(

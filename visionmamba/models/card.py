@@ -88,7 +88,7 @@ def _segmenter_card(model: nn.Module, header: Mapping[str, Any]) -> str:
             *(f"# {name}, {backbone['d_model']} wide, with {head}", ""),
             "A semantic segmenter of the Python package `visionmamba`. Download this folder, then:",
             "",
-            *("```python", "from visionmamba.tasks import Segmenter", ""),
+            *("```python", "from visionmamba import Segmenter", ""),
             'segmentation = Segmenter.load("path/to/this/folder")("picture.jpg")',
             *('segmentation.save("result")', "```", "", *facts, ""),
             "`config.json` and the header of `model.safetensors` hold the whole configuration.",

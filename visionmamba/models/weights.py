@@ -158,7 +158,14 @@ def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
         )
     known = {item.name for item in fields(WeightsHeader)}
     values = {"details": {}, **values}
-    if set(values) != known or values["architecture"] not in get_args(Architecture):
+    is_whole = (
+        set(values) == known
+        and values["architecture"] in get_args(Architecture)
+        and isinstance(values["class_names"], list)
+        and all(isinstance(name, str) for name in values["class_names"])
+        and all(isinstance(values[name], dict) for name in ("config", "preprocessing", "details"))
+    )
+    if not is_whole:
         raise ValueError(f"{path} has a damaged visionmamba header; get it again")
     return WeightsHeader(**{**values, "class_names": tuple(values["class_names"])})
 
@@ -247,8 +254,8 @@ def segmenter_config_of(header: WeightsHeader, path: str | os.PathLike[str]) -> 
     architecture = held.get("architecture") if isinstance(held, dict) else None
     if not isinstance(held, dict) or architecture not in ("vim", "deit"):
         raise ValueError(f"{os.fspath(path)} has a damaged visionmamba header; get it again")
-    fields_of_backbone = {name: value for name, value in held.items() if name != "architecture"}
-    options["backbone"] = _classifier_config(architecture, fields_of_backbone, path)
+    backbone = {name: value for name, value in held.items() if name != "architecture"}
+    options["backbone"] = _classifier_config(architecture, backbone, path)
     try:
         return SegmenterConfig(**options)
     except (TypeError, ValueError) as error:
