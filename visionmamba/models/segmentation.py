@@ -44,8 +44,9 @@ class SegmenterConfig:
     visionmamba[segmentation]); "segmenter": the mask transformer of Segmenter on the last one."""
     features: FeatureKind = "residual"
     """What is read after a block: the residual stream with the block's output added (published
-    use_residual_as_feature), "mixer" that output alone (what the published script of Vim-Ti reads;
-    a DeiT has none), "normed" the stream after the final norm."""
+    use_residual_as_feature, where stochastic depth may drop that output from the map as well),
+    "mixer" that output alone (what the published script of Vim-Ti reads; a DeiT has none), "normed"
+    the stream after the final norm."""
     last_features: FeatureKind | None = None
     """The same for the last map; None takes `features`. The published last_layer_process "none",
     "add" and "add & norm" are "mixer", "residual" and "normed"."""
