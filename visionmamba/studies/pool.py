@@ -81,9 +81,15 @@ class TrainingPool:
         if self._num_processes == 1:
             own = self._waiting.popleft()
             return own, run_job(own)
-        worker, answer = self._answers.get()
-        assert worker.job is not None
-        job, worker.job = worker.job, None
+        while True:
+            worker, answer = self._answers.get()
+            job, worker.job = worker.job, None
+            if job is not None:
+                break
+            self._workers.remove(worker)  # it died with nothing to do
+        if answer is None:
+            code = worker.wait()
+            raise RuntimeError(f"a training ended with code {code}; {job.log} tells why")
         if isinstance(answer, MemoryError):
             raise type(answer)(f"{answer}, or train fewer at once with --jobs") from answer
         if isinstance(answer, BaseException):
@@ -103,7 +109,7 @@ class TrainingPool:
 
 
 class _Worker:
-    """A process that trains what it is given, and the thread that hears its answers."""
+    """A process that trains what it is given, and the thread that hears its answers, or its end."""
 
     def __init__(self, answers: "queue.SimpleQueue[tuple[_Worker, Any]]", *, threads: int) -> None:
         self.job: Job | None = None
@@ -129,11 +135,12 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # it is gone
             self._process.stdin.close()
 
-    def wait(self) -> None:
-        self._process.wait()
+    def wait(self) -> int:
+        code = self._process.wait()
         self._listener.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
+        return code
 
     def kill(self) -> None:
         self._process.kill()
@@ -145,11 +152,9 @@ class _Worker:
             try:
                 answer = pickle.load(self._process.stdout)
             except (EOFError, pickle.UnpicklingError):
-                break
+                answers.put((self, None))  # it is gone, perhaps before it was given anything
+                return
             answers.put((self, answer))
-        if self.job is not None:
-            log, code = self.job.log, self._process.wait()
-            answers.put((self, RuntimeError(f"a training ended with code {code}; {log} tells why")))
 
 
 def _num_cores() -> int:
