@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.recipes.segmenters import small_recipe
@@ -100,9 +101,15 @@ def test_every_option_on_the_page_exists() -> None:
     assert {option for option in named if option.rstrip(".") != "--data"} <= valid
 
 
-def test_every_recipe_is_on_the_page() -> None:
-    names = {name for name, make in RECIPES.items() if isinstance(make(), SegmentationRecipe)}
-    assert {name for name in names if f"`{name}`" not in PAGE.read_text()} == set()
+def test_every_recipe_is_on_the_page_with_its_parameters() -> None:
+    rows = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines()]
+    told = {row[0].strip(" `"): row[2].strip() for row in rows if len(row) == 5}
+    for name, make in RECIPES.items():
+        recipe = make()
+        if isinstance(recipe, SegmentationRecipe):
+            with torch.device("meta"):
+                model = recipe.model.build()
+            assert told[name] == f"{sum(one.numel() for one in model.parameters()):,}", name
 
 
 def test_table_of_hyper_parameters_is_that_of_the_recipes() -> None:
