@@ -74,3 +74,17 @@ def test_a_second_outcome_is_judged_by_the_weights_asked_for(tmp_path: Path) -> 
     best = run_job(replace(job, judged="best"))
     assert best.metrics["epoch"] in (1, 2, 3)
     assert best.metrics["val_accuracy"] >= last.metrics["val_accuracy"]
+
+
+@pytest.mark.gpu
+def test_two_processes_train_on_one_gpu_from_graphs(tmp_path: Path) -> None:
+    jobs = [
+        replace(job_in(tmp_path / name, epochs=2), device="cuda", cuda_graphs=True)
+        for name in ("one", "two")
+    ]
+    with TrainingPool(2) as pool:
+        for job in jobs:
+            pool.submit(job)
+        outcomes = [pool.next_outcome()[1] for _ in jobs]
+    assert all(0 < outcome.metrics["val_accuracy"] <= 1 for outcome in outcomes)
+    assert not any("Traceback" in job.log.read_text() for job in jobs)
