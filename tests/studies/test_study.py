@@ -14,6 +14,7 @@ from visionmamba.studies import Outcome, RunOptions
 from visionmamba.studies.jobs import Job
 from visionmamba.studies.plots import plot_curves, plot_rates
 from visionmamba.studies.results import Scores
+from visionmamba.studies.study import alone_in
 from visionmamba.training import fit
 
 pytestmark = pytest.mark.once
@@ -177,6 +178,15 @@ def test_test_split_decides_the_difference_and_no_rate(
     assert first.test is not None
     assert first.test.mean == pytest.approx(0.395)
     assert "2.00 points above Forward (top-1, test split" in " ".join(result.sentences())
+
+
+def test_second_study_in_a_folder_is_refused_while_the_first_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = make_up(monkeypatch, made_up_outcome)
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another study is running in"):
+        small_study(tmp_path).run(CPU, console=QUIET)
+    assert not jobs
 
 
 @pytest.mark.parametrize(

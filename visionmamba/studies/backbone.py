@@ -18,7 +18,7 @@ from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.studies.jobs import AnyRecipe, Job, Outcome
 from visionmamba.studies.pool import TrainingPool
 from visionmamba.studies.settings import StudySettings, Task
-from visionmamba.studies.study import RunOptions, Study, Variant
+from visionmamba.studies.study import RunOptions, Study, Variant, alone_in
 from visionmamba.training.checkpoint import replace_json
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class BackboneComparison(StudySettings):
         if self.pretraining_data is None:
             return {}
         classifiers = {name: self._classifier(recipe) for name, recipe in recipes.items()}
-        with TrainingPool(min(options.jobs, len(classifiers))) as pool:
+        with alone_in(self.out), TrainingPool(min(options.jobs, len(classifiers))) as pool:
             epochs = self._epochs(classifiers, options, pool)
             plan = {name: replace(one, epochs=epochs[name]) for name, one in classifiers.items()}
             outcomes = self._train(plan, options, pool)

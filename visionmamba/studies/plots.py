@@ -5,6 +5,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from visionmamba.bench.plots import Theme, chart
+from visionmamba.studies.results import label_of
 from visionmamba.training import read_metrics
 from visionmamba.training.folder import METRICS
 
@@ -41,7 +42,7 @@ def plot_curves(result: "StudyResult", theme: Theme = "light") -> bytes:
             lowest, highest = [100 * min(v) for v in curves], [100 * max(v) for v in curves]
             axes.fill_between(epochs, lowest, highest, color=color, alpha=0.15, linewidth=0)
         axes.set_xlabel("epoch")
-        axes.set_ylabel(f"{study.score.removeprefix('val_')}, validation, %")
+        axes.set_ylabel(f"{label_of(result.test_score)}, validation, %")
         _name_curves(axes)
     return buffer.getvalue()
 
@@ -73,7 +74,7 @@ def plot_rates(result: "StudyResult", theme: Theme = "light") -> bytes:
         axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("peak learning rate")
-        axes.set_ylabel(f"{study.score.removeprefix('val_')}, validation, %")
+        axes.set_ylabel(f"{label_of(result.test_score)}, validation, %")
         _name_curves(axes)
     return buffer.getvalue()
 

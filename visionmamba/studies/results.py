@@ -203,7 +203,7 @@ class StudyResult:
                 side = "above" if points > 0 else "below" if points < 0 else "equal to"
                 said.append(
                     f"{row.variant} is {abs(points):.2f} points {side} {other} "
-                    f"({_label(self.test_score)}, {split} split{_spread_of(row.difference)})."
+                    f"({label_of(self.test_score)}, {split} split{_spread_of(row.difference)})."
                 )
             if row.is_at_edge:
                 said.append(
@@ -315,7 +315,7 @@ class StudyResult:
         """Returns the headings and a row for each variant."""
         study, rows = self.study, self.rows()
         paper = list(dict.fromkeys(name for variant in study.variants for name in variant.paper))
-        label = _label(self.test_score)
+        label = label_of(self.test_score)
         columns: dict[str, list[str]] = {
             "variant": [row.variant for row in rows],
             "learning rate": [
@@ -352,7 +352,8 @@ class StudyResult:
         )
 
 
-def _label(score: str) -> str:
+def label_of(score: str) -> str:
+    """Returns a metric's name as papers write it."""
     return _LABELS.get(score, score)
 
 

@@ -6,8 +6,10 @@ then all seeds are trained at that rate. Each training is a folder of `fit`, so 
 stopped goes on where it was.
 """
 
+import fcntl
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,7 +197,8 @@ class Study:
 
         Raises:
             ValueError, OSError, ImportError, BatchTooLargeError: a recipe does not fit its data,
-                the device or what the folder holds; the others write a checkpoint first.
+                the device or what the folder holds, the others write a checkpoint first; or another
+                study is running in the folder.
             RuntimeError: a process failed; the message names its log.
             KeyboardInterrupt: stopped by Ctrl-C, every run after a checkpoint.
         """
@@ -209,7 +212,7 @@ class Study:
             study=self, machine=describe_machine(device, command=self.command), outcomes={}
         )
         try:
-            with TrainingPool(options.jobs) as pool:
+            with alone_in(self.out), TrainingPool(options.jobs) as pool:
                 self._train(pool, options, result, console)
         except KeyboardInterrupt:
             result.save()
@@ -301,6 +304,24 @@ def with_epochs(recipe: AnyRecipe, epochs: int, *, epoch_steps: int | None = Non
         warmup_steps=None if steps is None else round(steps * share),
     )
     return replace(recipe, optimizer=optimizer, epochs=epochs)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other studies out of a folder, made when missing, as long as the body runs.
+
+    Raises:
+        ValueError: there is one in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another study is running in {folder}; wait for its end, or give another --out"
+            ) from None
+        yield
 
 
 def _flips_at_random(recipe: AnyRecipe) -> bool:
