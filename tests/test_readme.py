@@ -73,6 +73,7 @@ def run(program: str, *arguments: str) -> None:
     assert main([*arguments, *shortened]) == 0, arguments
 
 
+@pytest.mark.once
 def test_every_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_readers_files(tmp_path)
     stand_in_weights(tmp_path, monkeypatch)
