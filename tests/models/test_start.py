@@ -17,6 +17,7 @@ from visionmamba.models import (
     load_segmenter,
 )
 from visionmamba.models.embed import resize_grid
+from visionmamba.models.weights import read_metadata
 
 pytestmark = pytest.mark.once
 
@@ -162,6 +163,17 @@ def test_published_file_of_a_vim_is_no_deit(published):
         load_backbone(segmenter(DEIT), published[0])
 
 
+@pytest.mark.parametrize("shape", [(17,), (1, 17, 32, 1), (2, 17, 32), (1, 1, 32)])
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_positions_of_another_shape_are_no_deits(shape, is_ours, tmp_path):
+    path, source = tmp_path / "w.safetensors", DEIT.build()
+    save(source, path)
+    metadata = read_metadata(path) if is_ours else None
+    save_file(source.state_dict() | {"pos_embed": torch.zeros(shape)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"DeiT 32 wide: it has no pos_embed of .* patches"):
+        load_backbone(segmenter(replace(DEIT, image_size=(32, 48))), path)
+
+
 def test_model_without_backbone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one Vim or DeiT inside; Linear has 0"):
         load_backbone(torch.nn.Linear(1, 1), tmp_path / "w.safetensors")
@@ -179,7 +191,7 @@ def test_segmenter_goes_on_from_all_its_weights(tmp_path):
 def test_segmenter_of_another_class_count_is_refused(tmp_path):
     save(segmenter(VIM), tmp_path / "w.safetensors")
     model = SegmenterConfig(backbone=VIM, num_classes=2).build()
-    with pytest.raises(ValueError, match="is of 5 classes and the segmenter has 2; start its"):
+    with pytest.raises(ValueError, match="a segmenter of 5 classes and the data have 2; take its"):
         load_segmenter(model, tmp_path / "w.safetensors")
 
 

@@ -131,6 +131,19 @@ def test_classifier_becomes_the_backbone(classifier: tuple[Path, Vim]) -> None:
     assert backbone.training
 
 
+def test_weights_of_another_meaning_are_told_once(classifier: tuple[Path, Vim]) -> None:
+    path, _ = classifier
+    recipe = small_recipe(weights=path, batch_size=8)
+    turning = replace(recipe.model.backbone, rope="tokens+residual")
+    recipe = with_head(recipe, head="segmenter", backbone=turning)
+    with pytest.warns(
+        UserWarning, match=r"backbone, but the weights are of rope='none' and run with rope='tok"
+    ) as told:
+        recipe.build()
+    assert len(told) == 1
+    recipe.build(rank=1, num_ranks=2)  # warnings are errors
+
+
 def test_segmenter_goes_on_as_a_whole(segmenter: tuple[Path, SegmentationModel]) -> None:
     path, held = segmenter
     state = model_of(with_head(small_recipe(weights=path), head="segmenter")).state_dict()
@@ -155,7 +168,7 @@ def test_segmenter_of_other_classes_is_refused_but_for_its_backbone(
     path, held = segmenter
     recipe = small_recipe(weights=path, data=small_masks(tmp_path / "pets"))
     recipe = with_head(recipe, head="segmenter")
-    message = r"holds a segmenter of 4 classes and the data have 2; take its backbone alone with"
+    message = r"holds a segmenter of 4 classes and the data have 2; take its backbone alone, by"
     with pytest.raises(ValueError, match=message):
         recipe.build()
     model = model_of(replace(recipe, backbone_only=True))

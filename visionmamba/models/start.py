@@ -96,9 +96,9 @@ def load_segmenter(model: SegmentationModel, weights: str | os.PathLike[str]) ->
     held = segmenter_config_of(header, path)
     if held.num_classes != model.num_classes:
         raise ValueError(
-            f"{path} is of {held.num_classes} classes and the segmenter has {model.num_classes}; "
-            "start its backbone alone with visionmamba.models.load_backbone, or segment the same "
-            "classes"
+            f"{path} holds a segmenter of {held.num_classes} classes and the data have "
+            f"{model.num_classes}; take its backbone alone, by a recipe's backbone_only or by "
+            "visionmamba.models.load_backbone, or give weights of the same classes"
         )
     load_strictly(model, read_tensors(path), path)
     return header
@@ -134,7 +134,7 @@ def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started
             raise ValueError(
                 f"{path} holds a Vim and the segmenter's backbone is a DeiT; give a DeiT's"
             )
-        held, old_grid = found, _grid(found)
+        held = found
         for option in ("patch_size", "d_model", "depth", "num_heads"):
             if getattr(held, option) != getattr(config, option):
                 raise ValueError(
@@ -143,30 +143,32 @@ def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started
                 )
     else:
         state = read_checkpoint(path, which).state
-        side = math.isqrt(max(state["pos_embed"].shape[1] - 1, 0)) if "pos_embed" in state else 0
-        if not side or state["pos_embed"].shape[1:] != (side * side + 1, config.d_model):
-            raise ValueError(
-                f"{path} is not a published DeiT {config.d_model} wide: it has no pos_embed of a "
-                "square of patches and one class token"
-            )
-        old_grid = (side, side)
+    rows = state.get("pos_embed")
+    side = math.isqrt(max(rows.shape[1] - 1, 1)) if rows is not None and rows.dim() == 3 else 1
+    old_grid = (side, side) if held is None else _grid(held)
+    if rows is None or rows.shape != (1, math.prod(old_grid) + 1, config.d_model):
+        kind, patches = ("published DeiT", "a square of") if held is None else ("DeiT", "its")
+        raise ValueError(
+            f"{path} is not a {kind} {config.d_model} wide: it has no pos_embed of {patches} "
+            "patches and one class token"
+        )
     changes = []
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     new_grid = _grid(config)
     old_places: tuple[int, ...] = (0,) if "cls_token" in state else ()
     new_places = old_places if deit.cls_token is not None else ()
     if (old_grid, old_places) != (new_grid, new_places):
-        rows = state["pos_embed"]
         state["pos_embed"] = fit_positions(rows, (old_grid, old_places), (new_grid, new_places))
     if old_grid != new_grid:
         changes.append(f"position embedding resized from {old_grid} to {new_grid} patches")
     if old_places and not new_places:
         del state["cls_token"]
         changes.append("class token dropped")
-    filters = state.get("patch_embed.proj.weight")
-    if filters is not None and filters.dim() == 4 and filters.shape[1] != config.in_channels:
-        state["patch_embed.proj.weight"] = fit_channels(filters, config.in_channels)
-        changes.append(f"patch filters fitted from {filters.shape[1]} to {config.in_channels}")
+    key = "patch_embed.proj.weight"
+    channels = state[key].shape[1] if key in state and state[key].dim() == 4 else 0
+    if channels not in (0, config.in_channels):
+        state[key] = fit_channels(state[key], config.in_channels)
+        changes.append(f"patch filters fitted from {channels} to {config.in_channels}")
     return state, _report(path, held, tuple(changes), ())
 
 

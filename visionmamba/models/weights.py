@@ -50,8 +50,8 @@ class WeightsHeader:
     class_names: tuple[str, ...] = ()
     """Names of the outputs, in order; empty when unknown."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """How pictures become the model's input: image_size, crop_fraction, interpolation, mean, std,
-    channels."""
+    """How pictures become the model's input: interpolation, mean and std; for a classifier also
+    image_size, crop_fraction and channels, for a segmenter crop_size, short_side, max_long_side."""
     details: dict[str, Any] = field(default_factory=dict)
     """What else the task needs to know; in the file only when there is any."""
 

@@ -14,9 +14,10 @@ dd0358a) differ, `variant` chooses. Neither is known to be the one behind the pa
 | rotary embedding      | no        | input and residual stream | not said     |
 
 All: AdamW, 1500 steps of warm-up from a millionth of the rate, a straight line down to 0, pictures
-of 512 px cut from one scaled by 0.5 to 2, float32, no class token. "script" follows what the
-scripts ask for and decays A_log and the position embedding, as their code does; its layer decay,
-however, misses the blocks: --optimizer.layer-decay-reach embeddings repeats that.
+of 512 px cut from one scaled by 0.5 to 2, float32. Vim is without class token; DeiT keeps that of
+timm, which no head reads. "script" follows what the scripts ask for and decays A_log and the
+position embedding, as their code does; its layer decay, however, misses the blocks:
+--optimizer.layer-decay-reach embeddings repeats that.
 The data are looked for in ./ADEChallengeData2016; --data.root says where else.
 """
 
@@ -25,6 +26,7 @@ from typing import Literal
 
 from visionmamba.data import ADE20K, SegmentationAugmentation, SegmentationPreprocessing
 from visionmamba.models import DeiTConfig, SegmenterConfig, VimConfig
+from visionmamba.models.config import FeatureKind
 from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.tasks import Inference
 from visionmamba.training import OptimizerConfig
@@ -55,11 +57,8 @@ def vim_tiny_upernet_ade20k(
     """
     return _upernet(
         "vim_tiny_upernet_ade20k",
-        SegmenterConfig(
-            backbone=VimConfig.tiny(image_size=_IMAGE_SIZE, readout="mean", drop_path=_DROP_PATH),
-            num_classes=_NUM_CLASSES,
-            features="mixer" if variant == "script" else "residual",
-        ),
+        VimConfig.tiny(image_size=_IMAGE_SIZE, readout="mean", drop_path=_DROP_PATH),
+        features="mixer" if variant == "script" else "residual",
         variant=variant,
         weights=weights,
     )
@@ -86,14 +85,11 @@ def vim_small_upernet_ade20k(
     """
     return _upernet(
         "vim_small_upernet_ade20k",
-        SegmenterConfig(
-            backbone=VimConfig.small(
-                image_size=_IMAGE_SIZE,
-                readout="mean",
-                drop_path=_DROP_PATH,
-                rope="tokens+residual" if variant == "script" else "none",
-            ),
-            num_classes=_NUM_CLASSES,
+        VimConfig.small(
+            image_size=_IMAGE_SIZE,
+            readout="mean",
+            drop_path=_DROP_PATH,
+            rope="tokens+residual" if variant == "script" else "none",
         ),
         variant=variant,
         weights=weights,
@@ -119,10 +115,7 @@ def deit_tiny_upernet_ade20k(
     """
     return _upernet(
         "deit_tiny_upernet_ade20k",
-        SegmenterConfig(
-            backbone=DeiTConfig.tiny(image_size=_IMAGE_SIZE, drop_path=_DROP_PATH),
-            num_classes=_NUM_CLASSES,
-        ),
+        DeiTConfig.tiny(image_size=_IMAGE_SIZE, drop_path=_DROP_PATH),
         variant=variant,
         weights=weights,
     )
@@ -147,10 +140,7 @@ def deit_small_upernet_ade20k(
     """
     return _upernet(
         "deit_small_upernet_ade20k",
-        SegmenterConfig(
-            backbone=DeiTConfig.small(image_size=_IMAGE_SIZE, drop_path=_DROP_PATH),
-            num_classes=_NUM_CLASSES,
-        ),
+        DeiTConfig.small(image_size=_IMAGE_SIZE, drop_path=_DROP_PATH),
         variant=variant,
         weights=weights,
     )
@@ -176,16 +166,17 @@ def _optimizer(variant: Variant, *, is_small: bool) -> OptimizerConfig:
 
 def _upernet(
     name: str,
-    model: SegmenterConfig,
+    backbone: VimConfig | DeiTConfig,
     *,
     variant: Variant,
     weights: str | None,
+    features: FeatureKind = "residual",
 ) -> SegmentationRecipe:
     num_steps = 60_000 if variant == "script" else 160_000
     return SegmentationRecipe(
         name=name,
         data=ADE20K(root=Path("ADEChallengeData2016")),
-        model=model,
+        model=SegmenterConfig(backbone=backbone, num_classes=_NUM_CLASSES, features=features),
         weights=weights,
         preprocessing=SegmentationPreprocessing(
             crop_size=_IMAGE_SIZE, short_side=_IMAGE_SIZE, max_long_side=2048

@@ -28,8 +28,9 @@ def vim_camvid(root: Path | str = "camvid", weights: str | None = None) -> Segme
 
     Args:
         root: folder of the pictures and masks.
-        weights: classification weights for the backbone, which then learns at a fifth of the rate
-            and slower towards its first blocks; None begins with drawn ones.
+        weights: classification weights for the backbone; the whole model then learns at 2e-4, a
+            fifth of the rate, and the backbone slower towards its first blocks. None begins with
+            drawn ones.
     """
     backbone = VimConfig.tiny(image_size=_IMAGE_SIZE, readout="mean", drop_path=_DROP_PATH)
     return _camvid("vim_camvid", backbone, root, weights)

@@ -1,5 +1,6 @@
 """SegmentationRecipe: everything that decides the result of a segmentation run."""
 
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,7 @@ from visionmamba.models import (
     read_header,
 )
 from visionmamba.models.hub import find_weights
-from visionmamba.models.weights import (
-    METADATA_KEY,
-    read_metadata,
-    segmenter_config_of,
-    weights_file,
-)
+from visionmamba.models.weights import METADATA_KEY, read_metadata, weights_file
 from visionmamba.recipes.recipe import TaskRecipe
 from visionmamba.tasks import Inference, SegmentationTask
 from visionmamba.training import Experiment
@@ -89,7 +85,11 @@ class SegmentationRecipe(TaskRecipe):
         class_names = splits.train.class_names
         model = replace(self.model, num_classes=len(class_names)).build()
         if self.weights is not None:
-            _start_from(self.weights, model, backbone_only=self.backbone_only)
+            notes = _start_from(self.weights, model, backbone_only=self.backbone_only)
+            if notes and rank == 0:
+                warnings.warn(
+                    f"{self.weights} starts the backbone, but {'; '.join(notes)}", stacklevel=2
+                )
         return Experiment(
             task=SegmentationTask(
                 model,
@@ -130,21 +130,16 @@ class SegmentationRecipe(TaskRecipe):
         )
 
 
-def _start_from(weights: Path | str, model: SegmentationModel, *, backbone_only: bool) -> None:
-    """Gives a new model weights of a classifier or of a segmenter."""
+def _start_from(
+    weights: Path | str, model: SegmentationModel, *, backbone_only: bool
+) -> tuple[str, ...]:
+    """Gives a new model weights of a classifier or of a segmenter; returns the notes."""
     path = weights_file(find_weights(weights))
     is_ours = path.suffix == ".safetensors" and METADATA_KEY in read_metadata(path)
     if backbone_only or not is_ours or read_header(path).architecture != "segmenter":
-        load_backbone(model, weights)
-        return
-    num_classes = segmenter_config_of(read_header(path), path).num_classes
-    if num_classes != model.num_classes:
-        raise ValueError(
-            f"{path} holds a segmenter of {num_classes} classes and the data have "
-            f"{model.num_classes}; take its backbone alone with backbone_only, or give weights of "
-            "the same classes"
-        )
+        return load_backbone(model, weights).notes
     load_segmenter(model, weights)
+    return ()
 
 
 def _summary(splits: SegmentationSplits) -> dict[str, Any]:
