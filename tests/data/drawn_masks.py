@@ -1,6 +1,7 @@
 """Small folders of pictures with masks, drawn in each of the known layouts."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,15 @@ def cityscapes(root: Path) -> Path:
         save_mask(mask, bands(10, 12, (0, 7, 26, 33)))
         save_mask(mask.with_name(f"{name}_gtFine_instanceIds.png"), bands(10, 12))
     return root
+
+
+def exif_behind_the_pixels(path: Path) -> None:
+    """Says in a PNG that it is to be turned by a quarter, where its header does not show it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = exif.tobytes().removeprefix(b"Exif\x00\x00")
+    chunk = b"eXIf" + body
+    content = path.read_bytes()
+    end = content.rindex(b"IEND") - 4
+    check = zlib.crc32(chunk).to_bytes(4, "big")
+    path.write_bytes(content[:end] + len(body).to_bytes(4, "big") + chunk + check + content[end:])

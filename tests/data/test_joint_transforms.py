@@ -187,7 +187,9 @@ def test_evaluation_resizes_the_picture_alone() -> None:
 
 def test_strip_that_would_become_huge_is_refused() -> None:
     preprocessing = SegmentationPreprocessing(crop_size=16, short_side=512)
-    with pytest.raises(ValueError, match=r"100000x1 px would be resized to .* set max_long_side"):
+    with pytest.raises(
+        ValueError, match=r"100000x1 px would be resized to .* train with max_long_side"
+    ):
         preprocessing.evaluation_size(1, 100_000)
 
 

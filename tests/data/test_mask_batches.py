@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.data.drawn_masks import bands, mask_folder, save_mask
+from tests.data.drawn_masks import bands, exif_behind_the_pixels, mask_folder, save_mask
 from visionmamba.data import (
     IGNORE,
     PADDING,
@@ -216,10 +216,21 @@ def test_bad_picture_is_found_before_evaluation_begins(tmp_path: Path) -> None:
     assert "1.png is not an image" in evaluation.unreadable[0]
 
 
+def test_picture_turned_by_exif_behind_its_pixels_is_left_out(tmp_path: Path) -> None:
+    folder(tmp_path)
+    exif_behind_the_pixels(tmp_path / "val" / "images" / "2.png")
+    skipping = MaskFolder(root=tmp_path, on_unreadable="skip").open("val")
+    evaluation = SegmentationEvalBatches(skipping, EVALUATION, batch_size=5)
+    assert next(iter(evaluation)).indices.tolist() == [0, PADDING, 3]
+    assert "2.png is 12x16 px when it is opened" in evaluation.unreadable[0]
+
+
 def test_picture_too_long_to_resize_is_named(tmp_path: Path) -> None:
     images = MaskFolder(root=mask_folder(tmp_path, sizes=((1, 60_000),))).open("val")
     transform = SegmentationPreprocessing(crop_size=8, short_side=512).build()
-    with pytest.raises(UnreadableImageError, match=r"0.png is too long: .*set max_long_side"):
+    with pytest.raises(
+        UnreadableImageError, match=r"0.png is too long: .*cut it into shorter pieces"
+    ):
         SegmentationEvalBatches(images, transform, batch_size=1)
 
 

@@ -9,6 +9,7 @@ from tests.data.drawn_masks import (
     ade20k,
     bands,
     cityscapes,
+    exif_behind_the_pixels,
     mask_folder,
     pixels,
     save_image,
@@ -54,6 +55,11 @@ def test_everything_wrong_is_found_once(root: Path, num_workers: int) -> None:
         assert problem.file.name in problem.message
     assert report.num_problems["unreadable"] == 2
     assert report.splits[0].num_images == 1
+
+
+def test_picture_turned_by_exif_behind_its_pixels_is_found(root: Path) -> None:
+    exif_behind_the_pixels(root / "val" / "images" / "3.png")
+    assert check_masks(root).num_problems == {"wrong size": 1}
 
 
 def test_good_folder_has_no_problems_and_exact_shares(root: Path) -> None:

@@ -180,8 +180,18 @@ def test_drawing_shows_up_to_four_pictures_with_both_masks() -> None:
     assert drawn.height > 2 * 250
     colours = {colour for _, colour in drawn.crop((230, 30, 400, 200)).getcolors(1 << 20)}
     assert {(1, 2, 3), (250, 0, 0), (0, 250, 0), (0, 0, 250), (255, 255, 255)} <= colours
-    padding = one._replace(indices=torch.full((2,), PADDING))
-    assert judged.draw(padding) is None
+
+
+def test_drawing_of_padding_runs_the_model_as_any_other() -> None:
+    judged, runs = task().eval(), []
+    judged.model.register_forward_hook(lambda *_: runs.append(1))
+    assert judged.draw(batch(0)._replace(indices=torch.full((2,), PADDING))) is None
+    assert len(runs) == 1
+
+
+def test_windows_alone_run_the_model_unequally_often() -> None:
+    assert task().validates_evenly
+    assert not task(inference=Inference(mode="slide")).validates_evenly
 
 
 def test_saved_task_is_a_segmenter(tmp_path: Path) -> None:

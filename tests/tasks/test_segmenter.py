@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tasks.test_run_lengths import decoded
@@ -18,7 +19,8 @@ from visionmamba.data import (
     SegmentationPreprocessing,
     UnreadableImageError,
 )
-from visionmamba.models import DeiTConfig, SegmenterConfig, VimConfig, save
+from visionmamba.models import DeiTConfig, SegmenterConfig, VimConfig, load, save
+from visionmamba.models.weights import METADATA_KEY, read_metadata
 from visionmamba.tasks import Classifier, Inference, Segmentation, Segmenter
 from visionmamba.tasks.segmentation import TASK_NAME
 
@@ -245,6 +247,40 @@ def test_damaged_header_is_named(tmp_path: Path, details: dict, message: str) ->
     save(model, path, task=TASK_NAME, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"w\.safetensors {message}"):
         Segmenter.load(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"crop_size": 5},
+        {"crop_size": [5.5, 5]},
+        {"mean": 3},
+        {"mean": [float("nan")] * 3},
+        {"short_side": [1]},
+        {"short_side": float("inf")},
+        {"interpolation": []},
+    ],
+)
+def test_damaged_preprocessing_is_named(weights: Path, damage: dict[str, object]) -> None:
+    preprocessing = {**PLAIN.to_dict(), **damage}
+    save(load(weights), weights, task=TASK_NAME, class_names=CLASSES, preprocessing=preprocessing)
+    with pytest.raises(ValueError, match=r"model\.safetensors has a damaged header \("):
+        Segmenter.load(weights)
+
+
+def test_other_number_of_names_than_classes_is_refused(weights: Path) -> None:
+    header = json.loads(read_metadata(weights)[METADATA_KEY])
+    metadata = {METADATA_KEY: json.dumps({**header, "class_names": CLASSES[:2]})}
+    save_file(load_file(weights), weights, metadata)
+    with pytest.raises(ValueError, match=r"names 2 classes, and its model has 3"):
+        Segmenter.load(weights)
+
+
+def test_strip_that_would_become_huge_is_unreadable() -> None:
+    grown = SegmentationPreprocessing(crop_size=32, short_side=512)
+    segmenter = Segmenter(_Brightest(), preprocessing=grown, class_names=CLASSES, device="cpu")
+    with pytest.raises(UnreadableImageError, match=r"the picture is too long: .* cut it into"):
+        segmenter(Image.new("RGB", (60_000, 1)))
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])

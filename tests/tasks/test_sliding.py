@@ -1,6 +1,7 @@
 """Scores of whole pictures and of windows over them, against the published way to lay windows."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,6 +179,33 @@ def test_settings_survive_the_header_of_a_file() -> None:
 
 
 @pytest.mark.parametrize(
+    "values",
+    [{"crop_size": 512.5}, {"mode": []}, {"flip": 1}, {"num_windows": True}, {"scales": "12"}],
+)
+def test_settings_of_another_type_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="is of the wrong type"):
+        Inference.from_dict(values)
+
+
+@pytest.mark.parametrize(("num_windows", "most"), [(1, 1), (3, 3), (4, 4), (100, 8)])
+def test_no_more_windows_at_once_than_asked_for(
+    model: torch.nn.Module, num_windows: int, most: int
+) -> None:
+    seen: list[int] = []
+
+    def scores(windows: Tensor) -> Tensor:
+        seen.append(len(windows))
+        found: Tensor = model(windows)
+        return found
+
+    images, size = torch.randn(4, 3, 40, 25), (40, 25)
+    inference = replace(SLIDE, num_windows=num_windows)
+    found = assembled(score_bands(scores, images, size=size, inference=inference), size, 4)
+    assert max(seen) == most
+    torch.testing.assert_close(found, published(model, images, 16, 11), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mode": "tiled"}, 'mode must be "whole" or "slide", got \'tiled\''),
@@ -200,5 +228,13 @@ def test_picture_too_large_for_memory_says_what_to_do(mode: sliding.Mode, remedy
     with (
         pytest.raises(BatchTooLargeError, match=f"picture of 30x20.*{remedy}"),
         explain_large_picture(Inference(mode=mode), (30, 20)),
+    ):
+        raise MemoryError
+
+
+def test_several_pictures_too_large_for_memory_name_the_batch_size() -> None:
+    with (
+        pytest.raises(BatchTooLargeError, match=r"4 pictures of 30x20 .* --batch-size"),
+        explain_large_picture(SLIDE, (30, 20), num_images=4),
     ):
         raise MemoryError

@@ -1,5 +1,7 @@
 """From a picture and its mask to the tensors a segmentation model learns from and is judged on."""
 
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from visionmamba.data.image_files import MAX_PIXELS
+from visionmamba.data.image_files import MAX_PIXELS, UnreadableImageError
 from visionmamba.data.masks import IGNORE
 from visionmamba.data.transforms import (
     IMAGENET_MEAN,
@@ -79,6 +81,8 @@ class SegmentationPreprocessing:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
+            if value is not None and value > MAX_PIXELS:
+                raise ValueError(f"{name} must be at most {MAX_PIXELS} or None, got more")
         if self.interpolation not in RESAMPLING:
             raise ValueError(
                 f"interpolation must be one of {', '.join(RESAMPLING)}, got {self.interpolation!r}"
@@ -86,6 +90,8 @@ class SegmentationPreprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3:
                 raise ValueError(f"{name} needs 3 values, got {len(values)}")
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} must be finite, got {values}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
 
@@ -100,13 +106,15 @@ class SegmentationPreprocessing:
         """Returns (height, width) that evaluation resizes a picture of that size to.
 
         Raises:
-            ValueError: it is more than `MAX_PIXELS`, as for a long strip whose short side grows.
+            UnreadableImageError: it is more than `MAX_PIXELS`, as for a long strip whose short side
+                grows.
         """
         resized = self.resized(height, width)
         if resized[0] * resized[1] > max(MAX_PIXELS, height * width):
-            raise ValueError(
+            raise UnreadableImageError(
                 f"a picture of {width}x{height} px would be resized to {resized[1]}x{resized[0]}, "
-                f"more than {MAX_PIXELS} pixels; set max_long_side"
+                f"more than {MAX_PIXELS} pixels; cut it into shorter pieces, or train with "
+                "max_long_side"
             )
         return resized
 
@@ -139,7 +147,7 @@ class SegmentationPreprocessing:
         """Returns what `to_dict` described.
 
         Raises:
-            ValueError: a key is missing or unknown, or a value is out of range.
+            ValueError: a key is missing or unknown, or a value is of another type or out of range.
         """
         wanted = {"crop_size", "short_side", "max_long_side", "interpolation", "mean", "std"}
         if set(values) != wanted:
@@ -147,16 +155,18 @@ class SegmentationPreprocessing:
                 f"preprocessing of masks needs the keys {', '.join(sorted(wanted))}, got "
                 f"{', '.join(sorted(values)) or 'none'}"
             )
-        height, width = values["crop_size"]
-        short_side, max_long_side = values["short_side"], values["max_long_side"]
-        return cls(
-            crop_size=(int(height), int(width)),
-            short_side=None if short_side is None else int(short_side),
-            max_long_side=None if max_long_side is None else int(max_long_side),
-            interpolation=values["interpolation"],
-            mean=tuple(float(value) for value in values["mean"]),
-            std=tuple(float(value) for value in values["std"]),
-        )
+        sides = {name: values[name] for name in ("short_side", "max_long_side")}
+        try:
+            height, width = map(operator.index, values["crop_size"])
+            return cls(
+                crop_size=(height, width),
+                **{k: None if side is None else operator.index(side) for k, side in sides.items()},
+                interpolation=values["interpolation"],
+                mean=tuple(float(value) for value in values["mean"]),
+                std=tuple(float(value) for value in values["std"]),
+            )
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"preprocessing holds a value of the wrong type: {error}") from None
 
 
 class JointTransform:

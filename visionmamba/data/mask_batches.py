@@ -16,7 +16,7 @@ from visionmamba.data.loading import (
     check_numbers,
     left_out_hint,
 )
-from visionmamba.data.masks import IGNORE, SegmentationSet
+from visionmamba.data.masks import IGNORE, SegmentationSet, check_decoded
 from visionmamba.data.sets import OnUnreadable
 
 
@@ -140,7 +140,9 @@ class _MaskedExamples:
         return len(self._images)
 
     def example(self, index: int) -> tuple[Tensor, Tensor]:
-        image, mask = self._transform(self._images.image(index), self._images.mask(index))
+        picture, numbers = self._images.image(index), self._images.mask(index)
+        check_decoded(picture, numbers, self._images.file(index) or f"picture {index}")
+        image, mask = self._transform(picture, numbers)
         assert mask is not None
         return image, mask
 
@@ -177,6 +179,6 @@ def _check_resized(
 ) -> None:
     try:
         transform.preprocessing.evaluation_size(*size)
-    except ValueError as error:
+    except UnreadableImageError as error:
         name = images.file(index) or f"picture {index}"
         raise UnreadableImageError(f"{name} is too long: {error}") from error

@@ -21,7 +21,7 @@ from visionmamba.data.mask_folders import (
     MaskSplit,
     mask_source,
 )
-from visionmamba.data.masks import IGNORE, FileMasks, MaskError, MaskProblem
+from visionmamba.data.masks import IGNORE, FileMasks, MaskError, MaskProblem, check_decoded
 
 Progress = Callable[[int, int], None]
 """Is told how many pictures are done, and of how many."""
@@ -177,11 +177,14 @@ class _Checks(Dataset[_Checked]):
         pixels = np.zeros(num_classes + 1, dtype=np.int64)
         problems: list[MaskProblem] = []
         try:
-            masks.image(index)
+            picture = masks.image(index)
         except (UnreadableImageError, FileNotFoundError) as error:
             problems.append(MaskProblem("unreadable", masks.image_files[index], str(error)))
         try:
-            counts = np.bincount(masks.mask(index).ravel(), minlength=IGNORE + 1)
+            mask = masks.mask(index)
+            if not problems:
+                check_decoded(picture, mask, masks.image_files[index])
+            counts = np.bincount(mask.ravel(), minlength=IGNORE + 1)
             pixels[:-1], pixels[-1] = counts[:num_classes], counts[IGNORE]
         except MaskError as error:
             problems.append(MaskProblem(error.kind, masks.mask_files[index], str(error)))

@@ -239,6 +239,20 @@ class ArrayMasks:
         return torch.randperm(len(self), generator=generator)
 
 
+def check_decoded(image: Image.Image, mask: NDArray[np.uint8], name: str | Path) -> None:
+    """Compares sizes once a picture is decoded, as EXIF behind its pixels may turn it only then.
+
+    Raises:
+        MaskError: the mask is not as large as the picture; the message calls that by name.
+    """
+    if mask.shape != (image.height, image.width):
+        raise MaskError(
+            f"{name} is {image.width}x{image.height} px when it is opened (EXIF may have turned "
+            f"it), its mask {mask.shape[1]}x{mask.shape[0]}; make both the same size",
+            "wrong size",
+        )
+
+
 def read_numbers(file: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.integer]:
     """Returns (height, width): the numbers that a palette or gray picture holds as they are stored.
 

@@ -144,7 +144,7 @@ class Preprocessing:
         """Returns what `to_dict` described.
 
         Raises:
-            ValueError: a key is missing or unknown, or a value is out of range.
+            ValueError: a key is missing or unknown, or a value is of another type or out of range.
         """
         wanted = {"image_size", "crop_fraction", "interpolation", "mean", "std", "channels"}
         if set(values) != wanted:
@@ -152,15 +152,18 @@ class Preprocessing:
                 f"preprocessing needs the keys {', '.join(sorted(wanted))}, got "
                 f"{', '.join(sorted(values)) or 'none'}"
             )
-        height, width = values["image_size"]
-        return cls(
-            image_size=(int(height), int(width)),
-            crop_fraction=float(values["crop_fraction"]),
-            interpolation=values["interpolation"],
-            mean=tuple(float(value) for value in values["mean"]),
-            std=tuple(float(value) for value in values["std"]),
-            channels=values["channels"],
-        )
+        try:
+            height, width = values["image_size"]
+            return cls(
+                image_size=(int(height), int(width)),
+                crop_fraction=float(values["crop_fraction"]),
+                interpolation=values["interpolation"],
+                mean=tuple(float(value) for value in values["mean"]),
+                std=tuple(float(value) for value in values["std"]),
+                channels=values["channels"],
+            )
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"preprocessing holds a value of the wrong type: {error}") from None
 
 
 class ImageTransform:

@@ -180,7 +180,15 @@ class Classifier:
                 "save it with visionmamba.save(..., preprocessing=...)"
             )
         names = header.class_names or tuple(map(str, range(model.config.num_classes)))
-        preprocessing = Preprocessing.from_dict(header.preprocessing)
+        if len(names) != model.config.num_classes:
+            raise ValueError(
+                f"{where} names {len(names)} classes, and its model has "
+                f"{model.config.num_classes}; get it again"
+            )
+        try:
+            preprocessing = Preprocessing.from_dict(header.preprocessing)
+        except ValueError as error:
+            raise ValueError(f"{where} has a damaged header ({error}); get it again") from None
         return cls(model, preprocessing=preprocessing, class_names=names, device=device)
 
     @overload

@@ -104,6 +104,11 @@ class SegmentationTask(nn.Module):
         self.auxiliary_weight = auxiliary_weight
         self.palette = palette_of(palette, len(class_names))
 
+    @property
+    def validates_evenly(self) -> bool:
+        """Whether the model runs equally often for any batch: windows are as many as fit."""
+        return self.inference.mode != "slide"
+
     def training_loss(self, batch: SegmentationBatch) -> Tensor:
         """Returns the mean cross-entropy of the labelled pixels of a batch, a float32 scalar.
 
@@ -154,15 +159,17 @@ class SegmentationTask(nn.Module):
         """Returns picture, true mask and predicted mask of the first four rows of a batch.
 
         Runs the model, which is in evaluation mode, without gradients. Pixels without a label are
-        white, and the classes' colours are named below. None when the batch is nothing but padding.
+        white, and the classes' colours are named below. None when the batch is nothing but padding,
+        on which the model runs all the same: sharded ones need every process.
         """
         held = (batch.indices != PADDING).nonzero().flatten()[:_NUM_DRAWN]
-        if not len(held):
-            return None
-        images, masks = batch.images[held], batch.masks[held]
+        drawn_rows = held if len(held) else slice(1)
+        images, masks = batch.images[drawn_rows], batch.masks[drawn_rows]
         size = masks.shape[-2], masks.shape[-1]
         with torch.no_grad():
             predicted = predict_labels(self.model, images, size=size, inference=self.inference)
+        if not len(held):
+            return None
         rows = [
             [
                 self._photograph(image),

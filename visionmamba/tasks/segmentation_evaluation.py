@@ -232,7 +232,7 @@ def evaluate_segmentation(
         size = batch.masks.shape[-2], batch.masks.shape[-1]
         model.seconds = 0.0
         with (
-            explain_large_picture(segmenter.inference, size),
+            explain_large_picture(segmenter.inference, size, num_images=len(batch.images)),
             torch.inference_mode(),
             torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"),
         ):

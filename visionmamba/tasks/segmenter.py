@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from visionmamba.data import MAX_PIXELS, SegmentationPreprocessing
+from visionmamba.data import MAX_PIXELS, SegmentationPreprocessing, UnreadableImageError
 from visionmamba.data.masks import MAX_CLASSES
 from visionmamba.models.hub import find_weights
 from visionmamba.models.weights import (
@@ -208,9 +208,19 @@ class Segmenter:
             palette = palette_of(header.details.get("palette"), len(header.class_names))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where} has damaged colours ({error}); get it again") from None
+        try:
+            preprocessing = SegmentationPreprocessing.from_dict(header.preprocessing)
+        except ValueError as error:
+            raise ValueError(f"{where} has a damaged header ({error}); get it again") from None
+        model = load(path, device=device)
+        if len(header.class_names) != model.config.num_classes:
+            raise ValueError(
+                f"{where} names {len(header.class_names)} classes, and its model has "
+                f"{model.config.num_classes}; get it again"
+            )
         return cls(
-            load(path, device=device),
-            preprocessing=SegmentationPreprocessing.from_dict(header.preprocessing),
+            model,
+            preprocessing=preprocessing,
             class_names=header.class_names,
             inference=inference or inference_of(header, where),
             palette=palette,
@@ -240,7 +250,8 @@ class Segmenter:
             max_pixels: width times height beyond which a file is refused before it is decoded.
 
         Raises:
-            FileNotFoundError, UnreadableImageError: a file is missing or no image.
+            FileNotFoundError, UnreadableImageError: a file is missing, no image, or too long a
+                strip to be resized.
             ValueError: an array of another shape or type.
             BatchTooLargeError: a picture, or a batch of windows, does not fit into memory.
         """
@@ -251,6 +262,11 @@ class Segmenter:
     def _segment(self, picture: Picture, max_pixels: int) -> Segmentation:
         image = as_image(picture, max_pixels).convert("RGB")
         size = (image.height, image.width)
+        file = str(picture) if isinstance(picture, str | Path) else None
+        try:
+            self.preprocessing.evaluation_size(*size)
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"{file or 'the picture'} is too long: {error}") from None
         with explain_large_picture(self.inference, size), torch.inference_mode():
             prepared, _ = self._transform(image, None)
             labels = predict_labels(
@@ -266,7 +282,7 @@ class Segmenter:
             indices=tuple(order),
             class_names=self.class_names,
             palette=self.palette,
-            file=str(picture) if isinstance(picture, str | Path) else None,
+            file=file,
             picture=image,
         )
 
@@ -279,5 +295,5 @@ def inference_of(header: WeightsHeader, where: str) -> Inference:
     """
     try:
         return Inference.from_dict(header.details.get("inference", {}))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{where} has damaged inference settings ({error})") from None

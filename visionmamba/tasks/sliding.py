@@ -61,11 +61,20 @@ class Inference:
         """Returns what `to_dict` described; what is missing has its default.
 
         Raises:
-            ValueError: a key is unknown or a value is out of range.
+            ValueError: a key is unknown, or a value is of another type or out of range.
         """
         known = [one.name for one in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"inference knows {', '.join(known)}; got {', '.join(unknown)}")
+        for name, value in values.items():
+            if name == "scales":
+                is_right = isinstance(value, list | tuple) and all(
+                    type(scale) in (int, float) for scale in value
+                )
+            else:
+                is_right = type(value) is type(getattr(cls, name))
+            if not is_right:
+                raise ValueError(f"{name} is of the wrong type: {value!r}")
         options = dict(values)
         if "scales" in options:
             options["scales"] = tuple(float(scale) for scale in options["scales"])
@@ -158,8 +167,10 @@ def predict_labels(
 
 
 @contextmanager
-def explain_large_picture(inference: Inference, size: tuple[int, int]) -> Iterator[None]:
-    """Turns running out of memory over a picture of (height, width) into one sentence.
+def explain_large_picture(
+    inference: Inference, size: tuple[int, int], *, num_images: int = 1
+) -> Iterator[None]:
+    """Turns running out of memory over pictures of (height, width) into one sentence.
 
     Raises:
         BatchTooLargeError: the body ran out of memory on a GPU or on the CPU.
@@ -169,6 +180,11 @@ def explain_large_picture(inference: Inference, size: tuple[int, int]) -> Iterat
             yield
     except BatchTooLargeError as error:
         height, width = size
+        if num_images > 1:
+            raise BatchTooLargeError(
+                f"{num_images} pictures of {height}x{width} pixels do not fit into memory at once; "
+                "lower batch_size, on the command line --batch-size"
+            ) from error
         if inference.mode == "whole":
             raise BatchTooLargeError(
                 f"a picture of {height}x{width} pixels does not fit into memory in one pass; go "
@@ -220,6 +236,7 @@ class _View:
             _coverage(lefts, self._crop[1], self.across).to(device),
         )
         self._group = max(1, inference.num_windows // len(images))
+        self._at_once = len(images) if is_whole else inference.num_windows
         self._num_done = 0  # rows of windows
         self._first = 0  # row that the sums begin with
         self._sums: Tensor | None = None  # (B, K, rows, across)
@@ -248,7 +265,10 @@ class _View:
         for number in range(0, len(self._lefts), self._group):
             lefts = self._lefts[number : number + self._group]
             windows = torch.cat([self._window(top, left) for left in lefts])
-            scores = self._run(windows.to(self._device)).chunk(len(lefts))
+            parts = [
+                self._run(part.to(self._device)) for part in torch.split(windows, self._at_once)
+            ]
+            scores = (parts[0] if len(parts) == 1 else torch.cat(parts)).chunk(len(lefts))
             if len(self._tops) == len(self._lefts) == 1:
                 self._sums = scores[0]
                 return

@@ -115,7 +115,8 @@ def fit(
         devices: processes of each machine, one a device; a launcher's number is taken by itself.
         nodes: machines; a launcher's number is taken by itself.
         strategy: how several processes share the work: "ddp" gives each the whole model, "fsdp"
-            shards weights, gradients and optimizer (FSDP2). "auto" is "ddp".
+            shards weights, gradients and optimizer (FSDP2), where validation runs the model
+            equally often on each process. "auto" is "ddp".
         num_workers: processes that prepare images beside each of these; changes no result.
         checkpoint_every_steps: steps between checkpoints, beside the one after each epoch.
         cuda_graphs: on GPUs record forward and backward once and replay them, which spares the
@@ -148,6 +149,12 @@ def fit(
     identity = identity_of(recipe, experiment)
     if (out / RESULTS).exists():
         return _finished(out, identity)
+    if strategy == "fsdp" and world.size > 1 and not experiment.task.validates_evenly:
+        raise ValueError(
+            'strategy "fsdp" needs a validation that runs the model equally often on each process, '
+            "which windows over pictures of any size do not: --inference.mode whole, or "
+            "--strategy ddp"
+        )
     _require_lightning()
     is_new = not (out / CHECKPOINT).exists()
     is_own_folder = world.is_main and not out.exists()
