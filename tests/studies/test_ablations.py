@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from visionmamba.data import Shapes
 from visionmamba.models import DeiTConfig, VimConfig
 from visionmamba.recipes import vim_camvid, vim_shapes
 from visionmamba.recipes.segmentation import SegmentationRecipe
-from visionmamba.studies import Outcome, settings
+from visionmamba.studies import Outcome, jobs, settings
 from visionmamba.studies.backbone import BackboneComparison, Lessons
 from visionmamba.studies.bidirectional import BidirectionalAblation
 from visionmamba.studies.jobs import Job
@@ -137,7 +138,7 @@ def test_lessons_take_equal_minutes_and_their_weights_start_the_segmenters(
         seconds = {"VimConfig": 6.0, "DeiTConfig": 2.0}[type(job.recipe.model).__name__]
         return Outcome(metrics={"val_accuracy": 0.6}, seconds=seconds * job.recipe.epochs)
 
-    jobs = make_up(monkeypatch, answer)
+    made = make_up(monkeypatch, answer)
     study = BackboneComparison(
         task="segmentation",
         pretraining_data=folder_of_classes(tmp_path / "classes"),
@@ -147,10 +148,10 @@ def test_lessons_take_equal_minutes_and_their_weights_start_the_segmenters(
         out=tmp_path / "out",
     )
     result = study.run(console=QUIET)
-    lessons = {job.out.name: job.recipe for job in jobs[4:6]}
+    lessons = {job.out.name: job.recipe for job in made[4:6]}
     assert {name: recipe.epochs for name, recipe in lessons.items()} == {"vim": 10, "deit": 30}
     assert [path.name for path in (tmp_path / "out" / "pretraining").iterdir() if path.is_dir()]
-    weights = [getattr(job.recipe, "weights", None) for job in jobs[6:]]
+    weights = [getattr(job.recipe, "weights", None) for job in made[6:]]
     folder = tmp_path / "out" / "pretraining"
     files = [folder / name / "last.safetensors" for name in ("vim", "deit")]
     assert weights == [None, None, *files]
@@ -162,17 +163,18 @@ def test_lessons_take_equal_minutes_and_their_weights_start_the_segmenters(
         replace(study, pretraining_minutes=2.0).run(console=QUIET)
 
 
+@pytest.mark.parametrize("epochs", [None, 1])
 def test_lessons_without_result_say_what_to_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    epochs: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_up(monkeypatch, lambda job: Outcome(failure="loss is inf at step 3"))
     study = BackboneComparison(
         task="segmentation",
         pretraining_data=folder_of_classes(tmp_path / "classes"),
-        pretraining_epochs=1,
+        pretraining_epochs=epochs,
         out=tmp_path / "out",
     )
-    with pytest.raises(ValueError, match=r"of Vim came to nothing .* lower --pretraining-lr"):
+    with pytest.raises(ValueError, match=r"of Vim.* came to nothing .* lower --pretraining-lr"):
         study.run(console=QUIET)
 
 
@@ -182,6 +184,40 @@ def test_published_numbers_stand_beside_pretrained_segmenters_only(tmp_path: Pat
         {"Vim-Ti": lesson, "DeiT-Ti": lesson}
     )
     assert [v.paper["ADE20K mIoU"] for v in study.variants] == ["", "", "41.0", "39.2"]
+
+
+def test_pretrained_segmenters_of_either_kind_have_a_fifth_of_the_rates(tmp_path: Path) -> None:
+    lesson = Lessons(weights=tmp_path / "w.safetensors", epochs=1, minutes=1.0, accuracy=0.5)
+    study = BackboneComparison(
+        task="segmentation", data=str(tmp_path), learning_rates=(1e-3, 3e-3)
+    ).plan({"Vim-Ti": lesson, "DeiT-Ti": lesson})
+    whole, fifth = (1e-3, 3e-3), (2e-4, 6e-4)
+    assert [study.rates_of(variant) for variant in study.variants] == [whole, whole, fifth, fifth]
+    assert study.to_dict()["variant_learning_rates"]["DeiT-Ti, pretrained"] == list(fifth)
+
+
+def test_test_split_is_judged_with_the_seed_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    class Evaluation:
+        def save(self, folder: Path) -> None:
+            folder.mkdir(parents=True)
+            (folder / "evaluation.json").write_text('{"miou": 0, "macc": 0, "aacc": 0}')
+
+    def evaluate(*given: object, **options: object) -> Evaluation:
+        drawn.append(torch.rand(()).item())
+        return Evaluation()
+
+    monkeypatch.setattr(jobs, "evaluate_segmentation", evaluate)
+    before = torch.get_rng_state()
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        recipe = replace(tiny_shapes(), seed=seed)
+        job = Job(recipe=recipe, out=tmp_path / name, log=tmp_path / "log.txt", command="x")
+        jobs._judge(job, "test")
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_command_trains_lessons_and_segmenters_and_judges_the_test_split(
@@ -202,7 +238,7 @@ def test_command_trains_lessons_and_segmenters_and_judges_the_test_split(
     record = json.loads((out / "backbone_segmentation.json").read_text())
     assert len(record["runs"]) == 4
     assert all(0 < run["test"]["miou"] < 1 for run in record["runs"])
-    assert (out / "vim_pretrained" / "lr0.001_epochs1_seed0" / "test_last").is_dir()
+    assert (out / "vim_pretrained" / "lr0.0002_epochs1_seed0" / "test_last").is_dir()
     assert "| mIoU, test |" in (out / "backbone_segmentation.md").read_text()
 
 
@@ -217,6 +253,8 @@ def test_command_is_repeatable_from_what_it_says(tmp_path: Path) -> None:
     ("given", "message"),
     [
         (("bidirectional", "--rows"), "rows must be at least one"),
+        (("bidirectional", "--epochs", "0"), "epochs must be at least 1; got 0"),
+        (("bidirectional", "--batch-size", "0"), "batch_size must be at least 1; got 0"),
         (("bidirectional", "--epoch-steps", "3"), "epoch_steps is for --task segmentation"),
         (("bidirectional", "--data", "nowhere"), "there is no folder nowhere"),
         (("backbone", "--pretraining-data", "x"), "pretraining_data is for --task segmentation"),

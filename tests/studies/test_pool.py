@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.training.small import small_recipe
+from visionmamba.cli import main, study
 from visionmamba.data import BatchTooLargeError
 from visionmamba.studies.jobs import Job, run_job
-from visionmamba.studies.pool import TrainingPool
+from visionmamba.studies.pool import TrainingPool, TrainingProcessError
 
 pytestmark = pytest.mark.once
 
+ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 240  # for a process to import torch beside everything else
 
 
@@ -55,8 +57,61 @@ def test_a_process_that_dies_is_told_with_its_log(
     monkeypatch.setattr(sys, "executable", str(program))
     with TrainingPool(2) as pool:
         pool.submit(job_in(tmp_path / "run"))
-        with pytest.raises(RuntimeError, match=r"ended with code 7; .*run\.txt tells why"):
+        with pytest.raises(TrainingProcessError, match=r"ended with code 7; .*run\.txt tells why"):
             pool.next_outcome()
+
+
+def test_runs_that_fail_end_their_processes_with_a_traceback_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd.py").write_text(
+        "class Odd(ValueError):\n"
+        "    def __init__(self, first, second):\n"
+        "        super().__init__('one')\n"  # pickle builds it anew with one argument, and fails
+    )
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        f"sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "from odd import Odd\n"
+        "from visionmamba.studies import worker\n"
+        "def run(job):\n"
+        "    raise Odd(1, 2) if job.out.name == 'odd' else RuntimeError('unforeseen')\n"
+        "worker.run_job = run\n"
+        "worker._serve()\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(program))
+    odd, plain = job_in(tmp_path / "odd"), job_in(tmp_path / "plain")
+    said = []
+    with TrainingPool(2) as pool:
+        for job in (odd, plain):
+            pool.submit(job)
+        for _ in (odd, plain):
+            with pytest.raises(TrainingProcessError) as caught:
+                pool.next_outcome()
+            said.append(str(caught.value))
+    assert sorted(said) == [
+        f"a training ended with an unreadable answer; {odd.log} tells why",
+        f"a training ended with code 1; {plain.log} tells why",
+    ]
+    assert "Odd: one" in odd.log.read_text()
+    assert plain.log.read_text().endswith("RuntimeError: unforeseen\n")
+
+
+def test_command_tells_of_a_failed_process_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(given: list[str]) -> int:
+        raise TrainingProcessError("a training ended with code 7; run.txt tells why")
+
+    monkeypatch.setattr(study, "ablate", fail)
+    assert main(["ablate"]) == 1
+    assert capsys.readouterr().err == (
+        "visionmamba: a training ended with code 7; run.txt tells why\n"
+    )
 
 
 def test_lack_of_memory_names_fewer_jobs_as_a_remedy(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from PIL import Image
 from rich.console import Console
 
 from tests.studies.plans import make_up, small_study
+from visionmamba.data import Augmentation
 from visionmamba.studies import Outcome, RunOptions
 from visionmamba.studies.jobs import Job
-from visionmamba.studies.plots import plot_curves, plot_rates
+from visionmamba.studies.plots import _curves_of, plot_curves, plot_rates
 from visionmamba.studies.results import Scores
 from visionmamba.studies.study import alone_in
 from visionmamba.training import fit
+from visionmamba.training.folder import METRICS
 
 pytestmark = pytest.mark.once
 
@@ -212,6 +214,57 @@ def test_unequal_epochs_are_refused(tmp_path: Path) -> None:
     variants = (study.variants[0], replace(study.variants[1], recipe=longer))
     with pytest.raises(ValueError, match="equal epochs; Both ways has 2 and Forward 9"):
         replace(study, variants=variants)
+
+
+@pytest.mark.parametrize("name", ["data", "augmentation"])
+def test_unequal_pictures_are_refused(name: str, tmp_path: Path) -> None:
+    study = small_study(tmp_path)
+    first, second = study.variants
+    other = {"data": "elsewhere", "augmentation": Augmentation(zoom=0.5)}[name]
+    changed = replace(second, recipe=replace(second.recipe, **{name: other}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"must have equal {name}; Both ways has"):
+        replace(study, variants=(first, changed))
+
+
+def test_variants_have_rates_of_their_own_when_those_compared_share_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = make_up(monkeypatch, made_up_outcome)
+    study = small_study(tmp_path)
+    first, second = study.variants
+    with pytest.raises(ValueError, match="equal learning rates; Both ways has"):
+        replace(study, variants=(replace(first, learning_rates=(1e-4,)), second))
+    with pytest.raises(ValueError, match="each different; got"):
+        replace(study, variants=(first, replace(second, learning_rates=(1e-4, 1e-4))))
+    lower = tuple(
+        replace(one, name=f"{one.name} to be", learning_rates=(2e-4, 3e-4), compared_with=None)
+        for one in study.variants
+    )
+    study = replace(study, variants=(*study.variants, *lower), seeds=(0,))
+    result = study.run(CPU, console=QUIET)
+    assert {job.recipe.optimizer.lr for job in jobs if "to_be" in str(job.out)} == {2e-4, 3e-4}
+    assert result.rows()[2].best_rate == 2e-4
+    assert (
+        "learning rates 0.001, 0.004 (Both ways and Forward); "
+        "0.0002, 0.0003 (Both ways to be and Forward to be) tried for 1 epochs"
+    ) in result.to_markdown()
+    assert list(result.to_table().columns[0].cells)[2] == "Both ways to be"
+    assert plot_rates(result, "light").startswith(b"\x89PNG")
+
+
+def test_a_run_without_result_does_not_shorten_the_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(job: Job) -> Outcome:
+        failed = job.recipe.seed == 1
+        job.out.mkdir(parents=True)
+        rows = "1,0.5\n" if failed else "1,0.5\n2,0.6\n"
+        (job.out / METRICS).write_text("epoch,val_accuracy\n" + rows)
+        return Outcome(failure="loss is inf") if failed else made_up_outcome(job)
+
+    make_up(monkeypatch, answer)
+    result = small_study(tmp_path, learning_rates=(1e-3,)).run(CPU, console=QUIET)
+    assert _curves_of(result, result.study.variants[0]) == ([1, 2], [[0.5], [0.6]])
 
 
 def test_comparison_with_nobody_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _PAPER: dict[Task, tuple[str, dict[str, str]]] = {
     "segmentation": ("ADE20K mIoU", {"Vim-Ti": "41.0", "DeiT-Ti": "39.2"}),
 }
 _HEAD_CHANNELS = 64
+_PRETRAINED_DIVISOR = 5  # of the learning rates, as in `vim_camvid` with weights
 _EPOCHS_FILE = "epochs.json"
 
 
@@ -40,7 +41,8 @@ class BackboneComparison(StudySettings):
     """Train a Vim and a DeiT of the same width under the same rules and compare them.
 
     For segmentation, with UperNet on both; with --pretraining-data also from weights that both get
-    from the same minutes of classification, which are spent first.
+    from the same minutes of classification, which are spent first; these variants are trained at a
+    fifth of the learning rates.
     """
 
     name: ClassVar[str] = "backbone"
@@ -98,14 +100,18 @@ class BackboneComparison(StudySettings):
         variants = []
         for start in ("from scratch", "pretrained") if lessons else ("from scratch",):
             for name, recipe in recipes.items():
-                own = recipe
+                own, rates = recipe, None
                 if start == "pretrained" and isinstance(recipe, SegmentationRecipe):
                     own = replace(recipe, weights=lessons[name].weights)
+                    rates = tuple(
+                        float(f"{lr / _PRETRAINED_DIVISOR:g}") for lr in self.learning_rates
+                    )
                 number = paper.get(name, "") if is_published or start == "pretrained" else ""
                 variants.append(
                     Variant(
                         name=f"{name}, {start}",
                         recipe=own,
+                        learning_rates=rates,
                         compared_with=f"{deit}, {start}" if name == vim else None,
                         paper={heading: number},
                     )
@@ -114,6 +120,7 @@ class BackboneComparison(StudySettings):
         if lessons:
             said = "; ".join(f"{name} {lesson}" for name, lesson in lessons.items())
             notes.append(f"Pretrained on {self.pretraining_data}: {said}.")
+            notes.append("The pretrained ones were trained at a fifth of the learning rates.")
         return self.study(variants, title=f"{vim} against {deit}, {self.task}", notes=notes)
 
     def _recipes(self) -> dict[str, AnyRecipe]:
@@ -147,11 +154,7 @@ class BackboneComparison(StudySettings):
             outcomes = self._train(plan, options, pool)
         lessons = {}
         for name, outcome in outcomes.items():
-            if outcome.failure is not None:
-                raise ValueError(
-                    f"the classification of {name} came to nothing ({outcome.failure}); lower "
-                    f"--pretraining-lr, which is {self.pretraining_lr:g}"
-                )
+            self._require_result(name, outcome)
             lessons[name] = Lessons(
                 weights=self._folder(name) / "last.safetensors",
                 epochs=epochs[name],
@@ -187,7 +190,8 @@ class BackboneComparison(StudySettings):
     ) -> dict[str, int]:
         """Returns the epochs of each classifier: those asked for, or what fits into the minutes.
 
-        The second of two single epochs is timed, as the first one builds kernels.
+        The second of two single epochs is timed, as the first one builds kernels; their rate is
+        small, as they have no warm-up.
         """
         if self.pretraining_epochs is not None:
             return dict.fromkeys(classifiers, self.pretraining_epochs)
@@ -195,12 +199,18 @@ class BackboneComparison(StudySettings):
         if not path.exists():
             trials = {
                 f"{name} trial {number}": replace(
-                    one, epochs=1, optimizer=replace(one.optimizer, warmup_epochs=0.0)
+                    one,
+                    epochs=1,
+                    optimizer=replace(one.optimizer, lr=one.optimizer.lr / 100, warmup_epochs=0.0),
                 )
                 for number in (1, 2)
                 for name, one in classifiers.items()
             }
             outcomes = self._train(trials, options, pool)
+            for name in trials:
+                shutil.rmtree(self._folder(name), ignore_errors=True)
+            for name, outcome in outcomes.items():
+                self._require_result(name, outcome)
             epochs = {
                 name: max(
                     1, round(60 * self.pretraining_minutes / outcomes[f"{name} trial 2"].seconds)
@@ -208,8 +218,6 @@ class BackboneComparison(StudySettings):
                 for name in classifiers
             }
             replace_json(path, {"minutes": self.pretraining_minutes, "epochs": epochs})
-            for name in trials:
-                shutil.rmtree(self._folder(name))
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["minutes"] != self.pretraining_minutes:
             raise ValueError(
@@ -217,6 +225,13 @@ class BackboneComparison(StudySettings):
                 f"{self.pretraining_minutes:g}; repeat them, or give another --out"
             )
         return {name: int(found["epochs"][name]) for name in classifiers}
+
+    def _require_result(self, name: str, outcome: Outcome) -> None:
+        if outcome.failure is not None:
+            raise ValueError(
+                f"the classification of {name} came to nothing ({outcome.failure}); lower "
+                f"--pretraining-lr, which is {self.pretraining_lr:g}"
+            )
 
     def _train(
         self, recipes: dict[str, Recipe], options: RunOptions, pool: TrainingPool

@@ -107,14 +107,17 @@ def _judge(job: Job, split: MaskSplit) -> dict[str, float]:
     assert isinstance(job.recipe, SegmentationRecipe)
     folder = job.out / f"{split}_{job.judged}"
     if not (folder / _EVALUATION).exists():
-        evaluate_segmentation(
-            job.out / f"{job.judged}.safetensors",
-            job.recipe.data,
-            split=split,
-            precision=job.recipe.precision,
-            device=job.device,
-            batch_size=job.recipe.batch_size,
-            num_workers=job.num_workers,
-        ).save(folder)
+        with torch.random.fork_rng(devices=[]):
+            # a Vim of bidirectional="sequence" draws its flips from the CPU's generator
+            torch.default_generator.manual_seed(job.recipe.seed)
+            evaluate_segmentation(
+                job.out / f"{job.judged}.safetensors",
+                job.recipe.data,
+                split=split,
+                precision=job.recipe.precision,
+                device=job.device,
+                batch_size=job.recipe.batch_size,
+                num_workers=job.num_workers,
+            ).save(folder)
     found: dict[str, Any] = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))
     return {name: found[name] for name in _TEST_METRICS}

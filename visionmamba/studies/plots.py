@@ -70,7 +70,7 @@ def plot_rates(result: "StudyResult", theme: Theme = "light") -> bytes:
                 label=variant.name,
             )
         axes.set_xscale("log")
-        rates = sorted(study.learning_rates)
+        rates = sorted({lr for variant in study.variants for lr in study.rates_of(variant)})
         axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("peak learning rate")
@@ -97,11 +97,12 @@ def _styled(variants: "tuple[Variant, ...]", theme: Theme) -> "list[tuple[Varian
 
 
 def _curves_of(result: "StudyResult", variant: "Variant") -> tuple[list[int], list[list[float]]]:
-    """Returns the epochs that all runs that count have, and in each the score of every seed."""
+    """Returns the epochs that all runs that count have, and in each the score of every seed that
+    has a result."""
     score, curves = result.study.score, []
     for run in result.runs_that_count(variant):
         path = result.study.folder_of(run) / METRICS
-        if path.is_file():
+        if result.outcomes[run].failure is None and path.is_file():
             rows = [row for row in read_metrics(path) if score in row]
             curves.append({int(row["epoch"]): row[score] for row in rows})
     if not curves:

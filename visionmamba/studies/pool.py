@@ -20,6 +20,10 @@ from typing import Any
 from visionmamba.studies.jobs import Job, Outcome, run_job
 
 
+class TrainingProcessError(RuntimeError):
+    """A process of the pool failed; the message names its log."""
+
+
 class TrainingPool:
     """Trains jobs in so many processes; with one, in the caller's own."""
 
@@ -74,8 +78,7 @@ class TrainingPool:
 
         Raises:
             ValueError, OSError, ImportError, BatchTooLargeError: what a run complained of.
-            RuntimeError: a run failed for another reason, or its process died; the message names
-                the log.
+            TrainingProcessError: a run failed for another reason, or its process died.
             KeyboardInterrupt: stopped by Ctrl-C or a termination signal.
         """
         if self._num_processes == 1:
@@ -88,8 +91,11 @@ class TrainingPool:
                 break
             self._workers.remove(worker)  # it died with nothing to do
         if answer is None:
+            worker.dismiss()  # it may live on after an answer that cannot be read
             code = worker.wait()
-            raise RuntimeError(f"a training ended with code {code}; {job.log} tells why")
+            self._workers.remove(worker)
+            what = f"ended with code {code}" if code else "ended with an unreadable answer"
+            raise TrainingProcessError(f"a training {what}; {job.log} tells why")
         if isinstance(answer, MemoryError):
             raise type(answer)(f"{answer}, or train fewer at once with --jobs") from answer
         if isinstance(answer, BaseException):
@@ -151,8 +157,8 @@ class _Worker:
         while True:
             try:
                 answer = pickle.load(self._process.stdout)
-            except (EOFError, pickle.UnpicklingError):
-                answers.put((self, None))  # it is gone, perhaps before it was given anything
+            except Exception:  # it is gone, or its error cannot be built anew from the arguments
+                answers.put((self, None))
                 return
             answers.put((self, answer))
 

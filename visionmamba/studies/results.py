@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LEFT_TO_FILES = ("seeds", "parameters", "minutes")
 """Columns that a terminal has no room for."""
+_DIFFERENCE = "difference"
 _LABELS = {"accuracy": "top-1", "miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
 
 
@@ -136,14 +137,14 @@ class StudyResult:
         runs = self.study.sweep_of(variant)
         found = {
             lr: self.scores([run for run in runs if run.lr == lr])
-            for lr in self.study.learning_rates
+            for lr in self.study.rates_of(variant)
         }
         return {lr: scores for lr, scores in found.items() if scores is not None}
 
     def best_rate(self, variant: "Variant") -> float | None:
         """Returns the learning rate with the best mean on the validation split of the sweep."""
         if not self.study.sweep_of(variant):
-            return self.study.learning_rates[0]
+            return self.study.rates_of(variant)[0]
         found = self.sweep(variant)
         return max(found, key=lambda lr: found[lr].mean) if found else None
 
@@ -157,7 +158,7 @@ class StudyResult:
         """Returns what a variant came to."""
         runs = self.runs_that_count(variant)
         finished = [self.outcomes[run] for run in runs if self.outcomes[run].failure is None]
-        best, rates = self.best_rate(variant), self.study.learning_rates
+        best, rates = self.best_rate(variant), self.study.rates_of(variant)
         return Row(
             variant=variant.name,
             best_rate=best,
@@ -218,7 +219,7 @@ class StudyResult:
         if failed:
             places = ", ".join(f"{run.variant} at {run.lr:g}" for run in failed)
             said.append(f"The loss was not finite in {len(failed)} runs: {places}.")
-        if self.study.test_split is None and len(self.study.learning_rates) > 1:
+        if self.study.test_split is None and self.study.has_sweep:
             said.append("The validation split also chose the learning rates.")
         return said
 
@@ -239,7 +240,7 @@ class StudyResult:
         paths = list(texts)
         if pictures:
             plots = {"curves": plot_curves}
-            plots |= {"rates": plot_rates} if len(self.study.learning_rates) > 1 else {}
+            plots |= {"rates": plot_rates} if self.study.has_sweep else {}
             for what, plot in plots.items():
                 for theme in PALETTES:
                     paths.append(folder / f"{name}_{what}_{theme}.png")
@@ -298,7 +299,11 @@ class StudyResult:
             is_text = heading == "variant"
             table.add_column(heading.replace(" ", "\n"), justify="left" if is_text else "right")
         for row in rows:
-            table.add_row(*(cell.partition(" to ")[0] for cell in compress(row, shown)))
+            cells = (
+                cell.partition(" to ")[0] if heading == _DIFFERENCE else cell
+                for heading, cell in zip(headings, row, strict=True)
+            )
+            table.add_row(*compress(cells, shown))
         return table
 
     def _schedule(self) -> str:
@@ -306,9 +311,15 @@ class StudyResult:
         which, _, average = study.judged.partition("_")
         weights = "averaged weights" if average else "weights"
         said = f"{study.epochs} epochs, {weights} of the {which} one"
-        if len(study.learning_rates) > 1:
-            rates = ", ".join(f"{lr:g}" for lr in study.learning_rates)
-            said += f"; learning rates {rates} tried for {study.short_epochs} epochs"
+        if study.has_sweep:
+            grids: dict[str, list[str]] = {}
+            for variant in study.variants:
+                rates = ", ".join(f"{lr:g}" for lr in study.rates_of(variant))
+                grids.setdefault(rates, []).append(variant.name)
+            tried = list(grids)
+            if len(grids) > 1:
+                tried = [f"{rates} ({' and '.join(names)})" for rates, names in grids.items()]
+            said += f"; learning rates {'; '.join(tried)} tried for {study.short_epochs} epochs"
         return f"{said}; mean ± standard deviation over seeds, per cent."
 
     def _cells(self) -> list[tuple[str, ...]]:
@@ -329,7 +340,7 @@ class StudyResult:
             str(len(row.validation.values) if row.validation else 0) for row in rows
         ]
         if any(row.difference for row in rows):
-            columns["difference"] = [
+            columns[_DIFFERENCE] = [
                 f"{row.difference} to {row.difference.other}" if row.difference else ""
                 for row in rows
             ]

@@ -36,7 +36,7 @@ class StudySettings:
     "shapes", or a folder with {train,val,test}/{images,masks} and a file of classes. By default the
     digits or the shapes, which are there without a download."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    """Peak learning rates that every variant is tried at."""
+    """Peak learning rates that every variant is tried at; pretrained ones at a fifth of each."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds that each variant is trained with at its best learning rate."""
     epochs: int | None = None
@@ -70,6 +70,10 @@ class StudySettings:
     def __post_init__(self) -> None:
         if self.task == "classification" and self.epoch_steps is not None:
             raise ValueError("epoch_steps is for --task segmentation; leave it out")
+        for name in ("epochs", "epoch_steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
         self.run_options(0)
 
     @property
@@ -79,7 +83,7 @@ class StudySettings:
 
     @property
     def command(self) -> str:
-        """The command that repeats the study, without what changes no result."""
+        """The command that repeats the study, without the device and options at their defaults."""
         words = ["visionmamba", "ablate", self.name]
         for item in fields(self):
             value = getattr(self, item.name)
@@ -127,8 +131,12 @@ class StudySettings:
     def with_options(self, recipe: AnyRecipe) -> AnyRecipe:
         """Returns the recipe with the options that were given."""
         recipe = replace(
-            with_epochs(recipe, self.epochs or recipe.epochs, epoch_steps=self.epoch_steps),
-            batch_size=self.batch_size or recipe.batch_size,
+            with_epochs(
+                recipe,
+                recipe.epochs if self.epochs is None else self.epochs,
+                epoch_steps=self.epoch_steps,
+            ),
+            batch_size=recipe.batch_size if self.batch_size is None else self.batch_size,
             precision=self.precision or recipe.precision,
         )
         decay = recipe.ema_decay or _EMA_DECAY

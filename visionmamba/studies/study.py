@@ -1,9 +1,9 @@
 """A study: variants of a recipe trained at several learning rates and seeds, and what came of it.
 
-Every variant gets the same epochs and the same learning rates. A sweep with the first seeds finds
-each one's best rate on the validation split, shorter than the runs that count when asked to be;
-then all seeds are trained at that rate. Each training is a folder of `fit`, so a study that was
-stopped goes on where it was.
+Every variant gets the same data and epochs, and the learning rates of what it is compared with. A
+sweep with the first seeds finds each one's best rate on the validation split, shorter than the runs
+that count when asked to be; then all seeds are trained at that rate. Each training is a folder of
+`fit`, so a study that was stopped goes on where it was.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ from visionmamba.studies.results import Run, StudyResult
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SAME_FOR_ALL = ("epochs", "epoch_steps", "batch_size")
+_SAME_FOR_ALL = ("data", "augmentation", "epochs", "epoch_steps", "batch_size")
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
 
 
@@ -36,6 +36,9 @@ class Variant:
     """As the table calls it."""
     recipe: AnyRecipe
     """How it is trained; learning rate, seed and, in the sweep, epochs are the study's."""
+    learning_rates: tuple[float, ...] | None = None
+    """Peak rates that it is tried at, equal to those of the variant it is compared with; None takes
+    the study's."""
     compared_with: str | None = None
     """Name of the variant whose score is subtracted from this one's; None compares nothing."""
     paper: Mapping[str, str] = field(default_factory=dict)
@@ -78,7 +81,7 @@ class Study:
     variants: tuple[Variant, ...]
     """What is compared."""
     learning_rates: tuple[float, ...]
-    """Peak rates that every variant is tried at; one rate needs no sweep."""
+    """Peak rates that a variant without its own is tried at; one rate needs no sweep."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds at the best rate; mean and deviation are over these."""
     sweep_epochs: int | None = None
@@ -108,11 +111,11 @@ class Study:
                     f"{name} must be at least one, each different; got {len(values)} of which "
                     f"{len(distinct)} differ"
                 )
-        if min(self.learning_rates) <= 0 or min(self.seeds) < 0:
-            raise ValueError(
-                "learning rates must be positive and seeds at least 0; "
-                f"got {self.learning_rates} and {self.seeds}"
-            )
+        for rates in (self.learning_rates, *map(self.rates_of, self.variants)):
+            if not rates or len(set(rates)) < len(rates) or min(rates) <= 0:
+                raise ValueError(f"learning rates must be positive, each different; got {rates}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must be at least 0; got {self.seeds}")
         if not 1 <= self.sweep_seeds <= len(self.seeds):
             raise ValueError(
                 f"sweep_seeds must lie between 1 and the number of seeds, {len(self.seeds)}; "
@@ -126,7 +129,13 @@ class Study:
             )
         for variant in self.variants:
             if variant.compared_with is not None:
-                self.variant(variant.compared_with)
+                rates = self.rates_of(variant)
+                others = self.rates_of(self.variant(variant.compared_with))
+                if sorted(rates) != sorted(others):
+                    raise ValueError(
+                        "variants that are compared must have equal learning rates; "
+                        f"{variant.name} has {rates} and {variant.compared_with} {others}"
+                    )
 
     def _check_fairness(self) -> None:
         first, *others = self.variants
@@ -161,13 +170,23 @@ class Study:
         names = ", ".join(variant.name for variant in self.variants)
         raise ValueError(f"there is no variant {name!r} in this study; it has {names}")
 
+    @property
+    def has_sweep(self) -> bool:
+        """Whether any variant has more than one learning rate to choose from."""
+        return any(len(self.rates_of(variant)) > 1 for variant in self.variants)
+
+    def rates_of(self, variant: Variant) -> tuple[float, ...]:
+        """Returns the learning rates that a variant is tried at."""
+        return self.learning_rates if variant.learning_rates is None else variant.learning_rates
+
     def sweep_of(self, variant: Variant) -> list[Run]:
         """Returns the runs that choose a variant's learning rate; none when there is one rate."""
-        if len(self.learning_rates) == 1:
+        rates = self.rates_of(variant)
+        if len(rates) == 1:
             return []
         return [
             Run(variant=variant.name, lr=lr, seed=seed, epochs=self.short_epochs)
-            for lr in self.learning_rates
+            for lr in rates
             for seed in self.seeds[: self.sweep_seeds]
         ]
 
@@ -199,7 +218,7 @@ class Study:
             ValueError, OSError, ImportError, BatchTooLargeError: a recipe does not fit its data,
                 the device or what the folder holds, the others write a checkpoint first; or another
                 study is running in the folder.
-            RuntimeError: a process failed; the message names its log.
+            TrainingProcessError: a process failed; the message names its log.
             KeyboardInterrupt: stopped by Ctrl-C, every run after a checkpoint.
         """
         from rich.console import Console
@@ -264,7 +283,7 @@ class Study:
             test_split=self.test_split if is_final else None,
             device=options.device,
             num_workers=options.num_workers,
-            cuda_graphs=options.cuda_graphs and not _flips_at_random(recipe),
+            cuda_graphs=options.cuda_graphs,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -273,6 +292,9 @@ class Study:
             "name": self.name,
             "title": self.title,
             "learning_rates": list(self.learning_rates),
+            "variant_learning_rates": {
+                variant.name: list(self.rates_of(variant)) for variant in self.variants
+            },
             "seeds": list(self.seeds),
             "epochs": self.epochs,
             "sweep_epochs": self.short_epochs,
@@ -322,12 +344,6 @@ def alone_in(folder: Path) -> Iterator[None]:
                 f"another study is running in {folder}; wait for its end, or give another --out"
             ) from None
         yield
-
-
-def _flips_at_random(recipe: AnyRecipe) -> bool:
-    """Whether the flip of a forward is drawn on the host, which a recording would freeze."""
-    model = getattr(recipe.model, "backbone", recipe.model)
-    return getattr(model, "bidirectional", None) == "sequence"
 
 
 def _said(run: Run, outcome: Outcome, score: str) -> str:

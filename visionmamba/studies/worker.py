@@ -6,6 +6,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -26,13 +27,18 @@ def _serve() -> None:
             answers.flush()
     except (KeyboardInterrupt, BrokenPipeError):
         pass
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # an ordinary end aborts, as the listener holds the lock of standard input
 
 
 def _hear(orders: BinaryIO, put: Callable[[Job | None], None]) -> None:
     while True:
         try:
             put(pickle.load(orders))
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the caller closed it, or died while writing
             break
     put(None)
     os.kill(os.getpid(), signal.SIGINT)  # `fit` writes a checkpoint and raises KeyboardInterrupt
@@ -49,11 +55,12 @@ def _log_to(job: Job) -> None:
 def _answer_of(job: Job) -> bytes:
     """Returns the pickled outcome, or the error that the caller is to raise.
 
-    Any other error ends this process; its log keeps the traceback.
+    Any other error ends this process; the log keeps the traceback of either.
     """
     try:
         return pickle.dumps(run_job(job))
     except (ValueError, OSError, ImportError, MemoryError) as error:
+        traceback.print_exc()
         return pickle.dumps(error)
 
 
