@@ -74,16 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(sentence(error))
         return EXIT_WRONG_INPUT
     except (MemoryError, RuntimeError) as error:
-        if shows_traceback or not (is_explained(error) or _names_a_log(error)):
+        if shows_traceback or not is_explained(error):
             raise
         complain(sentence(error))
         return EXIT_FAILED
-
-
-def _names_a_log(error: BaseException) -> bool:
-    from visionmamba.studies.pool import TrainingProcessError
-
-    return isinstance(error, TrainingProcessError)
 
 
 def _run(given: list[str]) -> int:
