@@ -14,7 +14,7 @@ from visionmamba.studies.bidirectional import BidirectionalAblation
 
 pytestmark = pytest.mark.once
 
-PAGE = (ROOT / "docs" / "studies.md").read_text()
+PAGE = ROOT / "docs" / "studies.md"
 KINDS = {
     ("ablate", "bidirectional"): BidirectionalAblation,
     ("ablate", "backbone"): BackboneComparison,
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def test_every_command_is_understood() -> None:
-    blocks = [block for language, block in BLOCK.findall(PAGE) if language == "bash"]
+    blocks = [block for language, block in BLOCK.findall(PAGE.read_text()) if language == "bash"]
     for line in filter(None, "\n".join(blocks).splitlines()):
         program, command, what, *options = shlex.split(line)
         assert program == "visionmamba"
@@ -38,7 +38,7 @@ def test_python_makes_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
         raise InterruptedError
 
     monkeypatch.setattr(Study, "run", run)
-    (block,) = [block for language, block in BLOCK.findall(PAGE) if language == "python"]
+    (block,) = [block for language, block in BLOCK.findall(PAGE.read_text()) if language == "python"]
     with pytest.raises(InterruptedError):
         exec(compile(block, "studies.md", "exec"), {})
     (study,) = planned
@@ -46,6 +46,6 @@ def test_python_makes_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_option_in_the_text_exists() -> None:
-    named = set(re.findall(r"`(--[a-z-]+)", PAGE))
+    named = set(re.findall(r"`(--[a-z-]+)", PAGE.read_text()))
     known = {f"--{name.replace('_', '-')}" for kind in KINDS.values() for name in vars(kind())}
     assert named <= known
