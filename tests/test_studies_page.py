@@ -38,7 +38,9 @@ def test_python_makes_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
         raise InterruptedError
 
     monkeypatch.setattr(Study, "run", run)
-    (block,) = [block for language, block in BLOCK.findall(PAGE.read_text()) if language == "python"]
+    (block,) = [
+        block for language, block in BLOCK.findall(PAGE.read_text()) if language == "python"
+    ]
     with pytest.raises(InterruptedError):
         exec(compile(block, "studies.md", "exec"), {})
     (study,) = planned
