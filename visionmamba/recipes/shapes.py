@@ -14,7 +14,7 @@ def vim_shapes() -> SegmentationRecipe:
 
     Source: ours.
     Run:    visionmamba train vim_shapes --out runs/vim_shapes
-    Here:   0.94 mIoU after the last epoch, seed 0; 48 seconds of a busy core of an x86-64.
+    Here:   93.3 mIoU on 128 held-out pictures, seed 0, in 31 s on two cores of an x86-64.
     """
     return SegmentationRecipe(
         name="vim_shapes",
