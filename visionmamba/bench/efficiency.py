@@ -3,8 +3,7 @@
 All models are measured in one run and take turns, so that a busy moment hits all of them.
 """
 
-import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +22,7 @@ from visionmamba.bench.cases import (
     telling_out_of_memory,
 )
 from visionmamba.bench.compile_ahead import compile_ahead
-from visionmamba.bench.machine import choose_device, describe_machine
+from visionmamba.bench.machine import choose_device, command_of, describe_machine
 from visionmamba.bench.memory import free_gpu_memory, peak_bytes_on_cpu, prepare_on_gpu
 from visionmamba.bench.passes import (
     Outputs,
@@ -140,17 +139,7 @@ class Efficiency:
     @property
     def command(self) -> str:
         """The command that repeats this measurement."""
-        words = ["visionmamba", "bench", "efficiency"]
-        for field in fields(self):
-            value, name = getattr(self, field.name), field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{name}", *(str(v) for v in values)]
-        return shlex.join(words)
+        return command_of(self, "bench", "efficiency")
 
     def precision_on(self, device: str) -> Precision:
         """What `precision` means on a device."""

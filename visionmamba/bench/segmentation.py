@@ -4,13 +4,13 @@ A picture gets a score for every class at every pixel, which both models pay for
 classes those scores, not the backbone, fill the memory.
 """
 
-import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from visionmamba.bench.cases import TRAINING_ONLY, Mode, ModelName, SegmenterHead, Size
 from visionmamba.bench.efficiency import Efficiency
+from visionmamba.bench.machine import command_of
 from visionmamba.bench.results import EfficiencyResult
 
 if TYPE_CHECKING:
@@ -79,17 +79,7 @@ class SegmentationSpeed:
     @property
     def command(self) -> str:
         """The command that repeats this measurement."""
-        words = ["visionmamba", "bench", "segmentation"]
-        for field in fields(self):
-            value, name = getattr(self, field.name), field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{name}", *map(str, values)]
-        return shlex.join(words)
+        return command_of(self, "bench", "segmentation")
 
     def half(self, mode: Mode) -> Efficiency:
         """Returns the measurement of one mode."""

@@ -1,11 +1,11 @@
 """What all studies of the command line have in common: data, rates, seeds, processes, folder."""
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from visionmamba.bench.machine import command_of
 from visionmamba.data import MaskFolder, MaskSplit
 from visionmamba.recipes.camvid import vim_camvid
 from visionmamba.recipes.digits import digits_vim
@@ -84,17 +84,7 @@ class StudySettings:
     @property
     def command(self) -> str:
         """The command that repeats the study, without the device and options at their defaults."""
-        words = ["visionmamba", "ablate", self.name]
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value == item.default or item.name == "device":
-                continue
-            option = f"--{item.name.replace('_', '-')}"
-            if isinstance(value, bool):
-                words.append(option)
-            else:
-                words += [option, *map(str, value if isinstance(value, tuple) else (value,))]
-        return shlex.join(words)
+        return command_of(self, "ablate", self.name, without=("device",))
 
     def run_options(self, num_workers: int) -> RunOptions:
         """Returns how the trainings are run, with so many processes that prepare pictures."""
