@@ -1,6 +1,5 @@
 """How well a classifier does on labelled pictures: accuracies, mix-ups and speed."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from visionmamba.data.sets import OnUnreadable, Split
 from visionmamba.models.published_file import Which
 from visionmamba.tasks.classification import hits
 from visionmamba.tasks.classifier import Classifier
-from visionmamba.tasks.confusion import draw_confusion
-from visionmamba.tasks.files import csv_text, replace_file
+from visionmamba.tasks.confusion import write_evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,24 +103,14 @@ class Evaluation:
         Returns:
             The path of evaluation.json.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         table: list[Sequence[object]] = [("class", "images", "accuracy", "taken_for")]
         table += [
             (one.name, one.num_images, round(one.accuracy, 6), one.taken_for or "")
             for one in self.classes()
         ]
-        replace_file(folder / "per_class.csv", csv_text(table))
-        matrix: list[Sequence[object]] = [("class", *self.class_names)]
-        matrix += [
-            (name, *row.tolist())
-            for name, row in zip(self.class_names, self.confusion, strict=True)
-        ]
-        replace_file(folder / "confusion.csv", csv_text(matrix))
-        replace_file(folder / "confusion.png", draw_confusion(self.confusion, self.class_names))
-        target = folder / "evaluation.json"
-        replace_file(target, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
-        return target
+        return write_evaluation(
+            folder, self.to_dict(), table, confusion=self.confusion, class_names=self.class_names
+        )
 
 
 def evaluate(

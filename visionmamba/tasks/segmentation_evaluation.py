@@ -1,6 +1,5 @@
 """How well a segmenter does on pictures with masks: IoU, accuracies, mix-ups and speed."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -25,9 +24,8 @@ from visionmamba.data import (
     open_masks,
 )
 from visionmamba.data.sets import OnUnreadable
-from visionmamba.tasks.confusion import draw_confusion
+from visionmamba.tasks.confusion import write_evaluation
 from visionmamba.tasks.evaluation import class_difference, clock
-from visionmamba.tasks.files import csv_text, replace_file
 from visionmamba.tasks.segmentation import PixelScores, count_pixels
 from visionmamba.tasks.segmenter import Segmenter
 from visionmamba.tasks.sliding import Inference, explain_large_picture, score_bands
@@ -131,8 +129,6 @@ class SegmentationEvaluation:
         Returns:
             The path of evaluation.json.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         table: list[Sequence[object]] = [
             ("class", "pixels", "share", "iou", "accuracy", "taken_for")
         ]
@@ -147,17 +143,9 @@ class SegmentationEvaluation:
             )
             for row in self.classes()
         ]
-        replace_file(folder / "per_class.csv", csv_text(table))
-        matrix: list[Sequence[object]] = [("class", *self.class_names)]
-        matrix += [
-            (name, *row.tolist())
-            for name, row in zip(self.class_names, self.confusion, strict=True)
-        ]
-        replace_file(folder / "confusion.csv", csv_text(matrix))
-        replace_file(folder / "confusion.png", draw_confusion(self.confusion, self.class_names))
-        target = folder / "evaluation.json"
-        replace_file(target, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
-        return target
+        return write_evaluation(
+            folder, self.to_dict(), table, confusion=self.confusion, class_names=self.class_names
+        )
 
 
 def evaluate_segmentation(
