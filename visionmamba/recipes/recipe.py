@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 from visionmamba.data import (
     Augmentation,
@@ -11,6 +10,7 @@ from visionmamba.data import (
     ImageSplits,
     Mixing,
     Preprocessing,
+    SegmentationSplits,
     TrainBatches,
 )
 from visionmamba.models import DeiT, DeiTConfig, Vim, VimConfig
@@ -18,6 +18,7 @@ from visionmamba.models.hub import find_weights
 from visionmamba.models.weights import config_of, load_strictly, read_header, read_tensors
 from visionmamba.tasks import ClassificationTask
 from visionmamba.training import Experiment, OptimizerConfig, Precision
+from visionmamba.training.experiment import Batches, EpochBatches, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,35 @@ class TaskRecipe:
             )
         return self.device_batch_size, self.batch_size // at_once
 
+    def _experiment(
+        self,
+        *,
+        task: Task,
+        train_batches: EpochBatches,
+        val_batches: Batches,
+        passes_per_step: int,
+        splits: ImageSplits | SegmentationSplits,
+    ) -> Experiment:
+        """Returns what the training loop asks for, with the parts that a task decides."""
+        return Experiment(
+            task=task,
+            train_batches=train_batches,
+            val_batches=val_batches,
+            optimizer=self.optimizer,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            passes_per_step=passes_per_step,
+            ema_decay=self.ema_decay,
+            compile_blocks=self.compile,
+            precision=self.precision,
+            log_every_steps=self.log_every_steps,
+            data_summary={
+                "train_images": len(splits.train),
+                "val_images": len(splits.val),
+                "class_names": list(splits.train.class_names),
+            },
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(TaskRecipe):
@@ -110,9 +140,9 @@ class Recipe(TaskRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if _pair(self.model.image_size) != self.preprocessing.size:
+        if pair_of(self.model.image_size) != self.preprocessing.size:
             raise ValueError(
-                f"model.image_size {_pair(self.model.image_size)} and preprocessing.image_size "
+                f"model.image_size {pair_of(self.model.image_size)} and preprocessing.image_size "
                 f"{self.preprocessing.size} must be equal; set both"
             )
         if self.model.in_channels != self.preprocessing.num_channels:
@@ -139,7 +169,7 @@ class Recipe(TaskRecipe):
         splits = self.data.build()
         class_names = splits.train.class_names
         config = replace(self.model, num_classes=len(class_names))
-        return Experiment(
+        return self._experiment(
             task=ClassificationTask(
                 config.build() if self.weights is None else _start_from(self.weights, config),
                 class_names=class_names,
@@ -166,15 +196,8 @@ class Recipe(TaskRecipe):
                 rank=rank,
                 num_ranks=num_ranks,
             ),
-            optimizer=self.optimizer,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
             passes_per_step=passes,
-            ema_decay=self.ema_decay,
-            compile_blocks=self.compile,
-            precision=self.precision,
-            log_every_steps=self.log_every_steps,
-            data_summary=_summary(splits),
+            splits=splits,
         )
 
 
@@ -201,13 +224,6 @@ def _start_from(weights: Path | str, config: VimConfig | DeiTConfig) -> Vim | De
     return model
 
 
-def _summary(splits: ImageSplits) -> dict[str, Any]:
-    return {
-        "train_images": len(splits.train),
-        "val_images": len(splits.val),
-        "class_names": list(splits.train.class_names),
-    }
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair_of(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Returns (height, width) of a size whose sides may be given as one."""
     return (size, size) if isinstance(size, int) else size

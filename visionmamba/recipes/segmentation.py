@@ -3,14 +3,12 @@
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from visionmamba.data import (
     SegmentationAugmentation,
     SegmentationEvalBatches,
     SegmentationPreprocessing,
     SegmentationSource,
-    SegmentationSplits,
     SegmentationTrainBatches,
 )
 from visionmamba.models import (
@@ -22,7 +20,7 @@ from visionmamba.models import (
 )
 from visionmamba.models.hub import find_weights
 from visionmamba.models.weights import METADATA_KEY, read_metadata, weights_file
-from visionmamba.recipes.recipe import TaskRecipe
+from visionmamba.recipes.recipe import TaskRecipe, pair_of
 from visionmamba.tasks import Inference, SegmentationTask
 from visionmamba.training import Experiment
 
@@ -57,7 +55,7 @@ class SegmentationRecipe(TaskRecipe):
         super().__post_init__()
         if self.epoch_steps is not None and self.epoch_steps < 1:
             raise ValueError(f"epoch_steps must be at least 1 or None, got {self.epoch_steps}")
-        side, crop = _pair(self.model.image_size), _pair(self.preprocessing.crop_size)
+        side, crop = pair_of(self.model.image_size), pair_of(self.preprocessing.crop_size)
         if side != crop:
             raise ValueError(
                 f"model.backbone.image_size {side} and preprocessing.crop_size {crop} must be "
@@ -90,7 +88,7 @@ class SegmentationRecipe(TaskRecipe):
                 warnings.warn(
                     f"{self.weights} starts the backbone, but {'; '.join(notes)}", stacklevel=2
                 )
-        return Experiment(
+        return self._experiment(
             task=SegmentationTask(
                 model,
                 class_names=class_names,
@@ -118,15 +116,8 @@ class SegmentationRecipe(TaskRecipe):
                 rank=rank,
                 num_ranks=num_ranks,
             ),
-            optimizer=self.optimizer,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
             passes_per_step=passes,
-            ema_decay=self.ema_decay,
-            compile_blocks=self.compile,
-            precision=self.precision,
-            log_every_steps=self.log_every_steps,
-            data_summary=_summary(splits),
+            splits=splits,
         )
 
 
@@ -140,15 +131,3 @@ def _start_from(
         return load_backbone(model, weights).notes
     load_segmenter(model, weights)
     return ()
-
-
-def _summary(splits: SegmentationSplits) -> dict[str, Any]:
-    return {
-        "train_images": len(splits.train),
-        "val_images": len(splits.val),
-        "class_names": list(splits.train.class_names),
-    }
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
