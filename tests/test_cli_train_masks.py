@@ -1,18 +1,16 @@
 """`visionmamba train` for segmenters as a user meets it: sources, and the usual mistakes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.test_cli_train import Output, complaint
 from visionmamba.cli import main
 from visionmamba.models import SegmenterConfig, VimConfig, save
 
 pytestmark = pytest.mark.once
-
-Output = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -37,14 +35,6 @@ def command(street: Path, tmp_path: Path) -> list[str]:
         *("--model.backbone.depth", "1", "--preprocessing.crop-size", "32", "32"),
         *("--model.backbone.image-size", "32", "32", "--quiet"),
     ]
-
-
-def complaint(given: Sequence[str], output: Output) -> str:
-    """Returns the one sentence that a mistake ends in."""
-    assert main(given) == 2
-    lines = output.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0].removeprefix("visionmamba: ")
 
 
 def test_trains_a_folder_and_says_its_mean_iou(
