@@ -7,8 +7,8 @@ import pytest
 
 from tests.bench.test_efficiency import FLOAT32_ERROR, case_of
 from visionmamba.bench import efficiency
-from visionmamba.bench.cases import ModelName, OutOfMemory
-from visionmamba.bench.passes import Pass, relative_error
+from visionmamba.bench.cases import Mode, ModelName, OutOfMemory, SegmenterHead
+from visionmamba.bench.passes import Pass, reference_output, relative_error
 from visionmamba.bench.segmentation import SegmentationSpeed
 
 pytestmark = pytest.mark.once
@@ -62,6 +62,14 @@ def test_checkpointed_segmenter_trains_to_the_gradients_of_the_plain_one() -> No
         named = dict(one.named_gradients())
         gradients.append(next(g for n, g in named.items() if "patch_embed" in n))
     assert relative_error(*gradients) < FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("head", ["upernet", "segmenter"])
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_float32_passes_equal_their_reference(mode: Mode, head: SegmenterHead) -> None:
+    """In training too: nothing is dropped, and batch norms see the same pictures."""
+    case = case_of("vim", mode=mode, segmenter=head, num_classes=3, resolution=64, batch=4)
+    assert relative_error(Pass(case).run(), reference_output(case)) < FLOAT32_ERROR
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,7 @@ def test_gpu_gives_the_logits_of_the_cpu(features, size):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:cuDNN Attention defaults to a non-deterministic:UserWarning")
 @HEADS
 def test_gpu_trains_under_bfloat16(head):
     model = small(head=head).build().cuda()

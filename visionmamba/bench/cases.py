@@ -223,7 +223,10 @@ class Case:
             from visionmamba.models.segmentation import SegmenterConfig
 
             return SegmenterConfig(
-                backbone=config, num_classes=self.num_classes, head=self.segmenter
+                backbone=config,
+                num_classes=self.num_classes,
+                head=self.segmenter,
+                dropout=0.0,  # else a training step's error to float32 could not be told
             ).build()
         if self.pyramid:
             from visionmamba.models.pyramid import PyramidBackbone
