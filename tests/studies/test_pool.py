@@ -27,7 +27,8 @@ def job_in(folder: Path, **changes: object) -> Job:
 def test_a_process_trains_as_the_caller_does_and_stops_with_a_checkpoint(tmp_path: Path) -> None:
     endless = job_in(tmp_path / "endless", epochs=10_000)
     with TrainingPool(2) as pool:
-        pool.submit(job_in(tmp_path / "there"))
+        # with a process of a data loader, which closes the standard input that it inherits
+        pool.submit(replace(job_in(tmp_path / "there"), num_workers=1))
         job, outcome = pool.next_outcome()
         assert job.out == tmp_path / "there"
         here = run_job(job_in(tmp_path / "here"))

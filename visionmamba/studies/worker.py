@@ -18,8 +18,11 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the caller may ignore it
     orders: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    listener = threading.Thread(target=_hear, args=(sys.stdin.buffer, orders.put), daemon=True)
-    listener.start()
+    # The listener holds the lock of what it reads, for ever in a forked process: so not standard
+    # input, which a data loader's processes close.
+    heard = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    threading.Thread(target=_hear, args=(heard, orders.put), daemon=True).start()
     try:
         while (job := orders.get()) is not None:
             _log_to(job)
@@ -31,7 +34,7 @@ def _serve() -> None:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # an ordinary end aborts, as the listener holds the lock of standard input
+        os._exit(1)
 
 
 def _hear(orders: BinaryIO, put: Callable[[Job | None], None]) -> None:
