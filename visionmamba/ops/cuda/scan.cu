@@ -43,9 +43,10 @@ struct Direction {
 struct Problem {
   Direction direction[2];
   uint4 *states;  // entering every group of 8 tokens in bfloat16, [sequence tile][group][lane]; for the backward
-  float4 *carry;  // end state of every chunk from zero, [sequence tile][chunk][2][lane]
+  float4 *carry;  // end state of every chunk from zero, of the first as it is, [sequence tile][chunk][2][lane]
   float2 *carry_dt;
   int batch, length, channels, num_directions, chunk_length, num_chunks;
+  int first_length, first_chunk, chunks_here;  // tokens of the first chunk; the chunks of this launch
   int rank, width;     // columns of dt_r, and of a row [dt_r | B | C | padding] and its gradient
   i64 partial_stride;  // floats between the channel tiles' gradients of the rows; 0: all sums are added with atomics
 };
@@ -355,24 +356,34 @@ __device__ __forceinline__ void release_slot(int) {}
 // Number of this thread's warp, known to be the same in all its lanes.
 __device__ __forceinline__ int warp_of_block() { return __shfl_sync(~0u, (int)(threadIdx.x >> 5), 0); }
 
+__device__ __forceinline__ int start_of_chunk(const Problem &p, int chunk) {
+  return chunk == 0 ? 0 : p.first_length + (chunk - 1) * p.chunk_length;
+}
+
 // One ring a chunk of every sequence: y and the last state, or the states that the backward needs, or both.
 template <class T, int RANK, bool SOFTPLUS, bool Y, bool STATES>
 __device__ __forceinline__ void scan_forward(const Problem &p) {
   __shared__ float4 slots[MAX_RINGS * WARPS][64];
   begin_turns();
-  wait_for_kernel_before();
+  // Of a sequence in chunks, the first chunk's rings run beside scan_chunks, which starts when they have; those of the
+  // others start when scan_chunks has, and read what is older than both: only the first warp of a ring waits for the carry,
+  // and so does all that comes after its turn, writing included.
+  if (p.first_chunk == 0) {
+    wait_for_kernel_before();
+    if (p.num_chunks > 1) let_next_kernel_start();
+  }
   const Lane l;
   const int warp = warp_of_block(), ring = warp / WARPS, w = warp % WARPS, next = w + 1 == WARPS ? 0 : w + 1;
   const int previous = w == 0 ? WARPS - 1 : w - 1;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * WARPS)) + ring;
-  const i64 tile = unit / p.num_chunks;
-  const int chunk = (int)(unit - tile * p.num_chunks);
+  const i64 tile = unit / p.chunks_here;
+  const int chunk = p.first_chunk + (int)(unit - tile * p.chunks_here);
   const Place at(p, tile, l);
   if (at.direction >= p.num_directions) return;
   const Direction &d = p.direction[at.direction];
   float4(*slot)[64] = slots + ring * WARPS;
   const int barrier = 1 + ring * WARPS;
-  const int start = chunk * p.chunk_length, length = min(p.length - start, p.chunk_length);
+  const int start = start_of_chunk(p, chunk), length = min(p.length, start_of_chunk(p, chunk + 1)) - start;
   Walk<T, RANK, WARPS, false> walk(p, d, at, l, start + 8 * w);
   const int sy = (d.reverse ? -1 : 1) * p.channels * (T::PAIR_BYTES / 2);
   char *y = d.y + ((i64)at.batch * p.length + (d.reverse ? p.length - 1 : 0)) * p.channels * (T::PAIR_BYTES / 2) +
@@ -387,11 +398,16 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   walk.load(raw, length - 8 * w, l, at.valid, at.whole);
   Tile h;
   if (w == 0) {  // the state entering the chunk: that entering the sequence, carried through the chunks before
-    h.clear_all();
-    if (d.initial_state != nullptr)
-      h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
+    if (chunk == 0) {
+      h.clear_all();
+      if (d.initial_state != nullptr)
+        h.load_rows(d.initial_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, at.valid, LOG2E);
+    } else {
+      wait_for_kernel_before();
+      h.load(p.carry + tile * p.num_chunks * 64, l.lane);
+    }
 #pragma unroll 4
-    for (int c = 0; c < chunk; c++) {
+    for (int c = 1; c < chunk; c++) {
       Tile end;
       end.load(p.carry + (tile * p.num_chunks + c) * 64, l.lane);
       const float2 sum = p.carry_dt[(tile * p.num_chunks + c) * 32 + l.lane];
@@ -448,8 +464,13 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     y += 8 * WARPS * sy;
   }
   left += 8 * WARPS;  // of this warp's last group
-  if (left > 0 && left <= 8 && start + length == p.length && d.last_state != nullptr && at.valid)
-    h.store_rows(d.last_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, LN2);
+  if (left > 0 && left <= 8) {
+    if (start + length < p.length) {
+      if (chunk == 0) h.store(p.carry + tile * p.num_chunks * 64, l.lane);
+    } else if (d.last_state != nullptr && at.valid) {
+      h.store_rows(d.last_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, LN2);
+    }
+  }
 }
 
 // The same with one warp a sequence tile: for many sequences.
@@ -498,21 +519,21 @@ __device__ __forceinline__ void scan_sequence(const Problem &p) {
     h.store_rows(d.last_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, LN2);
 }
 
-// End state from zero and sum of dt of every chunk but the last of a sequence: PARTS warps take a part each.
+// End state from zero and sum of dt of every chunk but the first and the last of a sequence: PARTS warps take a part each.
 template <class T, int RANK, bool SOFTPLUS>
 __device__ __forceinline__ void scan_chunks(const Problem &p) {
   __shared__ float4 ends[MAX_RINGS * PARTS][64];
   __shared__ float2 sums[MAX_RINGS * PARTS][32];
-  wait_for_kernel_before();
+  let_next_kernel_start();
   const Lane l;
   const int warp = warp_of_block(), ring = warp / PARTS, w = warp % PARTS;
   const i64 unit = (i64)blockIdx.x * (blockDim.x / (32 * PARTS)) + ring;
-  const i64 tile = unit / (p.num_chunks - 1);
-  const int chunk = (int)(unit - tile * (p.num_chunks - 1));
+  const i64 tile = unit / (p.num_chunks - 2);
+  const int chunk = 1 + (int)(unit - tile * (p.num_chunks - 2));
   const Place at(p, tile, l);
   const bool exists = at.direction < p.num_directions;
   const Direction &d = p.direction[exists ? at.direction : 0];
-  const int part = p.chunk_length / PARTS;
+  const int groups = p.chunk_length / 8, from = groups * w / PARTS, part = 8 * (groups * (w + 1) / PARTS - from);
   Tile A, h;
   h.clear_all();
   float2 sum = make_float2(0.f, 0.f);
@@ -521,7 +542,7 @@ __device__ __forceinline__ void scan_chunks(const Problem &p) {
     const float2 bias = pair_of(d.dt_bias, at.channel, at.valid, LOG2E);
     StepWeights<RANK> weights;
     weights.load(d, at, l);
-    Walk<T, RANK, 1, true> walk(p, d, at, l, chunk * p.chunk_length + w * part);
+    Walk<T, RANK, 1, true> walk(p, d, at, l, start_of_chunk(p, chunk) + 8 * from);
     Raw<T, RANK> raw;
     walk.load(raw, part, l, at.valid, at.whole);
 #pragma unroll 1
@@ -559,6 +580,7 @@ __device__ __forceinline__ void scan_chunks(const Problem &p) {
       for (int i = 0; i < 4; i++)
         h.v[e][i] = fmaf(ex2((i < 2 ? more.x : more.y) * A.v[e][i]), h.v[e][i], end.v[e][i]);
   }
+  wait_for_kernel_before();  // the first chunk's rings: who waits for this kernel waits for both
   h.store(p.carry + (tile * p.num_chunks + chunk) * 64, l.lane);
   p.carry_dt[(tile * p.num_chunks + chunk) * 32 + l.lane] = sum;
 }

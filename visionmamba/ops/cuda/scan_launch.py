@@ -26,8 +26,8 @@ _MANY = 8
 _SEQUENCES_AT_ONCE, _BACKWARDS_AT_ONCE = 20, 12
 """Such warps of a multiprocessor. A launch that fills the GPU may start before the kernel before it
 has ended; a smaller one would crowd on the first multiprocessors that are free."""
-_SHORTEST_CHUNKED = 512
-"""Tokens from which on a lone sequence is cut in chunks."""
+_SHORTEST_CHUNKED, _SHORTEST_CHUNK = 512, 64
+"""Tokens from which on a lone sequence is cut in chunks, and of the shortest chunk."""
 
 
 class DirectionStructure(ctypes.Structure):
@@ -52,7 +52,8 @@ class ProblemStructure(ctypes.Structure):
         ("direction", DirectionStructure * 2),
         *((name, ctypes.c_void_p) for name in ("states", "carry", "carry_dt")),
         *((name, ctypes.c_int32) for name in ("batch", "length", "channels", "num_directions")),
-        *((name, ctypes.c_int32) for name in ("chunk_length", "num_chunks", "rank", "width")),
+        *((name, ctypes.c_int32) for name in ("chunk_length", "num_chunks", "first_length")),
+        *((name, ctypes.c_int32) for name in ("first_chunk", "chunks_here", "rank", "width")),
         ("partial_stride", ctypes.c_int64),
     )
 
@@ -72,25 +73,31 @@ def run_forward(
         early = tiles >= _SEQUENCES_AT_ONCE * on.num_multiprocessors
         on.launch(f"scan_{kind}_kernel_{suffix}", problem, tiles, 32, starts_early=early)
         return
-    num_chunks = _MAX_RINGS * on.num_multiprocessors // tiles
-    chunk = -(-problem.length // max(num_chunks, 1) // 64) * 64
-    if num_chunks >= 4 and problem.length >= _SHORTEST_CHUNKED and chunk < problem.length:
-        num_chunks = -(-problem.length // chunk)
-        carry = torch.empty(
-            tiles * num_chunks * (STATES * STATES + 64), dtype=torch.float32, device=device
-        )
-        problem.chunk_length, problem.num_chunks = chunk, num_chunks
-        problem.carry = carry.data_ptr()
-        problem.carry_dt = problem.carry + tiles * num_chunks * STATES * STATES * 4
-        rings = tiles * (num_chunks - 1)
-        _launch_rings(on, f"scan_chunks_kernel_{suffix}", problem, rings, _PARTS)
-    _launch_rings(
-        on,
-        f"scan_{'forward' if makes == 'y' else makes}_kernel_{suffix}",
-        problem,
-        tiles * problem.num_chunks,
-        _FORWARD_WARPS,
+    name = f"scan_{'forward' if makes == 'y' else makes}_kernel_{suffix}"
+    problem.first_length = problem.length
+    problem.first_chunk, problem.chunks_here = 0, 1
+    at_once = _MAX_RINGS * on.num_multiprocessors // tiles
+    chunk = max(_SHORTEST_CHUNK, -(-3 * problem.length // (3 * at_once + 2) // GROUP) * GROUP)
+    if at_once < 4 or problem.length < _SHORTEST_CHUNKED or problem.length <= chunk:
+        _launch_rings(on, name, problem, tiles, _FORWARD_WARPS)
+        return
+    following = -(-problem.length // chunk) - 1
+    problem.chunk_length, problem.num_chunks = chunk, following + 1
+    problem.first_length = -(-(problem.length - following * chunk) // GROUP) * GROUP
+    carry = torch.empty(
+        tiles * (following + 1) * (STATES * STATES + 64), dtype=torch.float32, device=device
     )
+    problem.carry = carry.data_ptr()
+    problem.carry_dt = problem.carry + tiles * (following + 1) * STATES * STATES * 4
+    # the first chunk beside the ends of those after it but the last, then those after it
+    on.launch(
+        name, problem, -(-tiles // _MAX_RINGS), 32 * _FORWARD_WARPS * _MAX_RINGS, starts_early=True
+    )
+    if following > 1:
+        chunks = f"scan_chunks_kernel_{suffix}"
+        _launch_rings(on, chunks, problem, tiles * (following - 1), _PARTS, starts_early=True)
+    problem.first_chunk, problem.chunks_here = 1, following
+    _launch_rings(on, name, problem, tiles * following, _FORWARD_WARPS)
 
 
 def run_backward(
@@ -131,11 +138,13 @@ def _launch_rings(
     num_warps: int,
     *,
     shared: tuple[int, int] = (0, 0),
+    starts_early: bool = False,
 ) -> None:
     """Run a kernel of rings of warps, as many a block as make the multiprocessors even.
 
     shared: bytes of dynamic shared memory that a ring needs for its slots and its warps; fewer
         rings share a block where they do not fit.
+    starts_early: start early even where the kernel does not fill the GPU.
     """
     per_ring = sum(shared)
     most = min(_MAX_RINGS, on.shared_bytes // per_ring) if per_ring else _MAX_RINGS
@@ -146,5 +155,5 @@ def _launch_rings(
         -(-num_rings // rings),
         32 * num_warps * rings,
         shared_bytes=per_ring * rings,
-        starts_early=rings == _MAX_RINGS,
+        starts_early=starts_early or rings == _MAX_RINGS,
     )
