@@ -4,7 +4,7 @@ What the structures point into, scan.py and fused_scan.py prepare.
 """
 
 import ctypes
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -76,28 +76,54 @@ def run_forward(
     name = f"scan_{'forward' if makes == 'y' else makes}_kernel_{suffix}"
     problem.first_length = problem.length
     problem.first_chunk, problem.chunks_here = 0, 1
-    at_once = _MAX_RINGS * on.num_multiprocessors // tiles
-    chunk = max(_SHORTEST_CHUNK, -(-3 * problem.length // (3 * at_once + 2) // GROUP) * GROUP)
-    if at_once < 4 or problem.length < _SHORTEST_CHUNKED or problem.length <= chunk:
+    chunks = chunks_of(problem.length, _MAX_RINGS * on.num_multiprocessors // tiles)
+    if chunks is None:
         _launch_rings(on, name, problem, tiles, _FORWARD_WARPS)
         return
-    following = -(-problem.length // chunk) - 1
-    problem.chunk_length, problem.num_chunks = chunk, following + 1
-    problem.first_length = -(-(problem.length - following * chunk) // GROUP) * GROUP
-    carry = torch.empty(
-        tiles * (following + 1) * (STATES * STATES + 64), dtype=torch.float32, device=device
-    )
+    problem.first_length, problem.chunk_length, following = chunks
+    problem.num_chunks = following + 1
+    num_carried = tiles * problem.num_chunks
+    carry = torch.empty(num_carried * (STATES * STATES + 64), dtype=torch.float32, device=device)
     problem.carry = carry.data_ptr()
-    problem.carry_dt = problem.carry + tiles * (following + 1) * STATES * STATES * 4
+    problem.carry_dt = problem.carry + num_carried * STATES * STATES * 4
     # the first chunk beside the ends of those after it but the last, then those after it
     on.launch(
         name, problem, -(-tiles // _MAX_RINGS), 32 * _FORWARD_WARPS * _MAX_RINGS, starts_early=True
     )
     if following > 1:
-        chunks = f"scan_chunks_kernel_{suffix}"
-        _launch_rings(on, chunks, problem, tiles * (following - 1), _PARTS, starts_early=True)
+        ends = f"scan_chunks_kernel_{suffix}"
+        _launch_rings(on, ends, problem, tiles * (following - 1), _PARTS, starts_early=True)
     problem.first_chunk, problem.chunks_here = 1, following
     _launch_rings(on, name, problem, tiles * following, _FORWARD_WARPS)
+
+
+class Chunks(NamedTuple):
+    """How a lone sequence is cut; the last chunk may be shorter."""
+
+    first_length: int
+    """Tokens of the first chunk, a multiple of GROUP."""
+    length: int
+    """Tokens of the others, likewise."""
+    following: int
+    """Chunks after the first."""
+
+
+def chunks_of(num_tokens: int, at_once: int) -> Chunks | None:
+    """Return the chunks of a sequence, or None where it is better left whole.
+
+    The first chunk takes about as long as the ends of the others, beside which it runs, when it is
+    two thirds of their length.
+
+    Args:
+        num_tokens: of the sequence.
+        at_once: rings that the GPU runs at once for each tile of the sequence's channels.
+    """
+    length = max(_SHORTEST_CHUNK, -(-3 * num_tokens // (3 * at_once + 2) // GROUP) * GROUP)
+    if at_once < 4 or num_tokens < _SHORTEST_CHUNKED or num_tokens <= length:
+        return None
+    following = -(-num_tokens // length) - 1
+    first_length = -(-(num_tokens - following * length) // GROUP) * GROUP
+    return Chunks(first_length, length, following)
 
 
 def run_backward(
