@@ -14,7 +14,10 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-DOCUMENTS = (DOCS.parent / "README.md", DOCS / "reproduction.md", DOCS / "kernels.md")
+DOCUMENTS = (
+    DOCS.parent / "README.md",
+    *(DOCS / f"{page}.md" for page in ("reproduction", "kernels", "segmentation")),
+)
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 TASKS = {"infer_cases": "inference", "train_cases": "training"}
 
