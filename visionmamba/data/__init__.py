@@ -42,6 +42,7 @@ from visionmamba.data.masks import (
 )
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
 from visionmamba.data.mixing import Mixing
+from visionmamba.data.resident import KeptEvalBatches, ResidentTrainBatches
 from visionmamba.data.sets import (
     ArrayImages,
     Digits,
@@ -83,6 +84,7 @@ __all__ = [
     "ImageSplits",
     "ImageTransform",
     "JointTransform",
+    "KeptEvalBatches",
     "MaskError",
     "MaskFolder",
     "MaskFormat",
@@ -91,6 +93,7 @@ __all__ = [
     "MaskSplit",
     "Mixing",
     "Preprocessing",
+    "ResidentTrainBatches",
     "SegmentationAugmentation",
     "SegmentationBatch",
     "SegmentationEvalBatches",

@@ -54,7 +54,7 @@ class TrainBatches(ShuffledBatches[Batch]):
             ValueError: a number is out of range, or the set is smaller than one step.
         """
         super().__init__(
-            _LabelledExamples(images, transform),
+            LabelledExamples(images, transform),
             Batch,
             batch_size=batch_size,
             seed=seed,
@@ -90,7 +90,7 @@ class EvalBatches(OrderedBatches[Batch]):
         num_rows = -(-len(images) // num_ranks)
         samples += [PADDING] * (num_rows - len(samples))
         super().__init__(
-            _LabelledExamples(images, transform),
+            LabelledExamples(images, transform),
             Batch,
             [
                 [Place(sample) for sample in samples[start : start + batch_size]]
@@ -100,7 +100,7 @@ class EvalBatches(OrderedBatches[Batch]):
         )
 
 
-class _LabelledExamples:
+class LabelledExamples:
     """Transformed pictures and their labels."""
 
     def __init__(self, images: ImageSet, transform: ImageTransform) -> None:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ BatchType = TypeVar("BatchType")
 MakeBatch = Callable[[Tensor, Tensor, Tensor], BatchType]
 """Makes a batch of images, targets and indices, each with the batch as first dimension."""
 
-_ORDER, _CHANGES = 0, 1  # purposes, so that the seeds of order and changes never meet
+_ORDER, CHANGES = 0, 1  # purposes, so that the seeds of order and changes never meet
 _REPEATED_MULTIPLE = 256  # an epoch of repeated augmentation is a multiple of this, as published
 _MAX_REPLACEMENTS = 100
 
@@ -77,18 +77,18 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0])
 
 
-class ShuffledBatches(Generic[BatchType]):
+class ShuffledPlaces(Generic[BatchType]):
     """Shuffled batches of one epoch after another, resumable after any batch.
 
     Each pass yields what is left of an epoch and goes on to the next one. The last, incomplete step
     of an epoch is left out. Of the samples of a step every rank takes every num_ranks-th, so that
-    together they train on the same pictures, however many they are.
+    together they train on the same pictures, however many they are. How batches are made of places
+    is for subclasses to say.
     """
 
     def __init__(
         self,
         examples: Examples,
-        make_batch: MakeBatch[BatchType],
         *,
         batch_size: int,
         seed: int,
@@ -102,9 +102,8 @@ class ShuffledBatches(Generic[BatchType]):
         """Takes the examples and how this process reads them.
 
         Args:
-            examples: an unreadable picture is replaced by the next readable one when their
-                on_unreadable is "skip".
-            make_batch: puts them together.
+            examples: their number and order; an unreadable picture is replaced by the next readable
+                one when their on_unreadable is "skip".
             batch_size: samples of a batch of this rank.
             seed: of order and changes.
             num_workers: processes that prepare pictures; 0 prepares them in this one.
@@ -129,8 +128,7 @@ class ShuffledBatches(Generic[BatchType]):
                 f"epoch_steps must be at least 1, and repeats 1 beside it, got {epoch_steps} and "
                 f"{repeats}"
             )
-        self._loader = _Examples(examples, seed=seed)
-        self._make_batch = make_batch
+        self._examples = examples
         self._batch_size = batch_size
         self._seed = seed
         self._num_workers = num_workers
@@ -158,15 +156,14 @@ class ShuffledBatches(Generic[BatchType]):
         return self._epoch_samples // (self._batch_size * self._num_ranks)
 
     def __iter__(self) -> Iterator[BatchType]:
-        places = self._rest_of_epoch()
-        for prepared in _load(self._loader, places, self._make_batch, self._num_workers):
+        for prepared in self._prepare(self._rest_of_epoch()):
             self._num_samples += self._batch_size * self._num_ranks
             self._unreadable |= dict.fromkeys(prepared.unreadable)
             yield prepared.batch
         self.set_epoch(self._epoch + 1)
 
     @property
-    def sampler(self) -> "ShuffledBatches[BatchType]":
+    def sampler(self) -> "ShuffledPlaces[BatchType]":
         """Itself: training loops look here for `set_epoch`."""
         return self
 
@@ -192,7 +189,7 @@ class ShuffledBatches(Generic[BatchType]):
         self._epoch, self._num_samples = state["epoch"], state["num_samples"]
 
     def _rest_of_epoch(self) -> Iterator[list[Place]]:
-        pass_size = len(self._loader.examples) * self._repeats
+        pass_size = len(self._examples) * self._repeats
         size = self._batch_size * self._num_ranks
         orders: dict[int, Tensor] = {}
         for start in range(self._num_samples, self._epoch_samples - size + 1, size):
@@ -211,7 +208,28 @@ class ShuffledBatches(Generic[BatchType]):
         generator = torch.Generator().manual_seed(
             derive_seed(self._seed, _ORDER, self._epoch, *parts)
         )
-        return self._loader.examples.order(generator)
+        return self._examples.order(generator)
+
+    def _prepare(self, places: Iterator[list[Place]]) -> "Iterator[Prepared[BatchType]]":
+        """Yields the batch of each list of places."""
+        raise NotImplementedError
+
+
+class ShuffledBatches(ShuffledPlaces[BatchType]):
+    """Shuffled batches whose pictures are opened and changed one by one, also in other processes.
+
+    Takes `make_batch`, which puts them together, and the arguments of `ShuffledPlaces`.
+    """
+
+    def __init__(
+        self, examples: Examples, make_batch: MakeBatch[BatchType], *, seed: int, **options: Any
+    ) -> None:
+        super().__init__(examples, seed=seed, **options)
+        self._loader = _Examples(examples, seed=seed)
+        self._make_batch = make_batch
+
+    def _prepare(self, places: Iterator[list[Place]]) -> "Iterator[Prepared[BatchType]]":
+        return _load(self._loader, places, self._make_batch, self._num_workers)
 
 
 class OrderedBatches(Generic[BatchType]):
@@ -279,7 +297,9 @@ class _Failure(NamedTuple):
     message: str
 
 
-class _Prepared(NamedTuple, Generic[BatchType]):
+class Prepared(NamedTuple, Generic[BatchType]):
+    """A batch, and why pictures were replaced in it, one sentence each."""
+
     batch: BatchType
     unreadable: tuple[str, ...]
 
@@ -298,7 +318,7 @@ class _Examples(Dataset[_Sample | _Failure]):
         for offset in range(_MAX_REPLACEMENTS):
             index = (place.sample + offset) % len(self.examples)
             parts = (place.repetition,) if place.repetition else ()
-            seed = derive_seed(self._seed, _CHANGES, place.epoch, place.sample, *parts)
+            seed = derive_seed(self._seed, CHANGES, place.epoch, place.sample, *parts)
             try:
                 with _seeded(seed, torch_only=not self.examples.draws_beyond_torch):
                     image, target = self.examples.example(index)
@@ -349,7 +369,7 @@ def _load(
     places: Iterator[list[Place]],
     make_batch: MakeBatch[BatchType],
     num_workers: int,
-) -> "Iterator[_Prepared[BatchType]]":
+) -> "Iterator[Prepared[BatchType]]":
     loader = DataLoader(
         examples,
         batch_sampler=places,
@@ -366,7 +386,7 @@ def _load(
 
 def _collate(
     make_batch: MakeBatch[BatchType], samples: Sequence[_Sample | _Failure]
-) -> "_Prepared[BatchType] | _Failure":
+) -> "Prepared[BatchType] | _Failure":
     good: list[_Sample] = []
     for sample in samples:
         if isinstance(sample, _Failure):
@@ -377,7 +397,7 @@ def _collate(
         torch.stack([sample.target for sample in good]),
         torch.tensor([sample.picture for sample in good]),
     )
-    return _Prepared(batch, tuple(why for sample in good for why in sample.unreadable))
+    return Prepared(batch, tuple(why for sample in good for why in sample.unreadable))
 
 
 def _epoch_length(num_images: int, repeats: int) -> int:

@@ -273,19 +273,28 @@ def _random_erasing(augmentation: Augmentation | None) -> Callable[[Tensor], Ten
 def _centred_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """Resizes and crops in one pass: a very long picture never becomes a huge intermediate one."""
     height, width = preprocessing.size
-    scale = max(height / image.height, width / image.width) / preprocessing.crop_fraction
-    resized_height = max(height, round(image.height * scale))
-    resized_width = max(width, round(image.width * scale))
-    top, left = round((resized_height - height) / 2), round((resized_width - width) / 2)
-    box = (
-        left * image.width / resized_width,
-        top * image.height / resized_height,
-        (left + width) * image.width / resized_width,
-        (top + height) * image.height / resized_height,
-    )
+    box = centred_box((image.height, image.width), preprocessing)
     if box == (0, 0, image.width, image.height) and image.size == (width, height):
         return image
     return image.resize((width, height), RESAMPLING[preprocessing.interpolation], box=box)
+
+
+def centred_box(
+    size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[float, float, float, float]:
+    """Returns (left, top, right, bottom), in pixels of a picture (height, width), of the crop."""
+    picture_height, picture_width = size
+    height, width = preprocessing.size
+    scale = max(height / picture_height, width / picture_width) / preprocessing.crop_fraction
+    resized_height = max(height, round(picture_height * scale))
+    resized_width = max(width, round(picture_width * scale))
+    top, left = round((resized_height - height) / 2), round((resized_width - width) / 2)
+    return (
+        left * picture_width / resized_width,
+        top * picture_height / resized_height,
+        (left + width) * picture_width / resized_width,
+        (top + height) * picture_height / resized_height,
+    )
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from visionmamba.data import (
     Augmentation,
     DataSource,
     EvalBatches,
+    ImageSet,
     ImageSplits,
+    KeptEvalBatches,
     Mixing,
     Preprocessing,
+    ResidentTrainBatches,
     SegmentationSplits,
     TrainBatches,
 )
@@ -137,6 +141,11 @@ class Recipe(TaskRecipe):
     """Mixup and CutMix of the training batches."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
+    resident: bool = False
+    """Decodes all pictures once, keeps the training set in the device's memory and changes it
+    there, and the prepared validation set in the machine's: for sets of some GB, where processes
+    that prepare pictures cannot keep up. Crops, mirroring, colours and erasing alone; the resize is
+    bilinear."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,6 +178,14 @@ class Recipe(TaskRecipe):
         splits = self.data.build()
         class_names = splits.train.class_names
         config = replace(self.model, num_classes=len(class_names))
+        val_batches = EvalBatches(
+            splits.val,
+            self.preprocessing.build(),
+            batch_size=device_batch_size,
+            num_workers=num_workers,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
         return self._experiment(
             task=ClassificationTask(
                 config.build() if self.weights is None else _start_from(self.weights, config),
@@ -177,28 +194,27 @@ class Recipe(TaskRecipe):
                 label_smoothing=self.label_smoothing,
                 mixing=self.mixing,
             ),
-            train_batches=TrainBatches(
+            train_batches=self._train_batches(
                 splits.train,
-                self.preprocessing.build(self.augmentation),
                 batch_size=device_batch_size,
                 seed=self.seed,
                 num_workers=num_workers,
                 rank=rank,
                 num_ranks=num_ranks,
-                repeats=self.augmentation.repeats,
                 batches_per_step=passes,
             ),
-            val_batches=EvalBatches(
-                splits.val,
-                self.preprocessing.build(),
-                batch_size=device_batch_size,
-                num_workers=num_workers,
-                rank=rank,
-                num_ranks=num_ranks,
-            ),
+            val_batches=KeptEvalBatches(val_batches) if self.resident else val_batches,
             passes_per_step=passes,
             splits=splits,
         )
+
+    def _train_batches(
+        self, images: ImageSet, **options: Any
+    ) -> TrainBatches | ResidentTrainBatches:
+        if self.resident:
+            return ResidentTrainBatches(images, self.preprocessing, self.augmentation, **options)
+        repeats, transform = self.augmentation.repeats, self.preprocessing.build(self.augmentation)
+        return TrainBatches(images, transform, repeats=repeats, **options)
 
 
 def _start_from(weights: Path | str, config: VimConfig | DeiTConfig) -> Vim | DeiT:
