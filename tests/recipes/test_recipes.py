@@ -24,10 +24,18 @@ def test_vim_and_deit_have_equal_parameters(data: str) -> None:
     assert ratio == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("data", ["digits", "folder"])
-def test_vim_and_deit_differ_in_name_and_model_only(data: str) -> None:
-    vim, deit = RECIPES[f"{data}_vim"](), RECIPES[f"{data}_deit"]()
-    assert replace(deit, name=vim.name, model=vim.model) == vim
+@pytest.mark.parametrize(
+    ("vim", "deit"),
+    [
+        ("digits_vim", "digits_deit"),
+        ("folder_vim", "folder_deit"),
+        ("vim_tiny_cifar10", "deit_tiny_cifar10"),
+        ("vim_tiny_imagenette", "deit_tiny_imagenette"),
+    ],
+)
+def test_vim_and_deit_differ_in_name_and_model_only(vim: str, deit: str) -> None:
+    one, twin = RECIPES[vim](), RECIPES[deit]()
+    assert replace(twin, name=one.name, model=one.model) == one
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

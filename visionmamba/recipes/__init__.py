@@ -26,6 +26,12 @@ from visionmamba.recipes.recipe import Recipe, TaskRecipe
 from visionmamba.recipes.scratch import deit_tiny_folder, vim_tiny_folder
 from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.recipes.shapes import vim_shapes
+from visionmamba.recipes.small_sets import (
+    deit_tiny_cifar10,
+    deit_tiny_imagenette,
+    vim_tiny_cifar10,
+    vim_tiny_imagenette,
+)
 
 RECIPES: dict[str, Callable[..., Recipe] | Callable[..., SegmentationRecipe]] = {
     make.__name__: make
@@ -37,6 +43,10 @@ RECIPES: dict[str, Callable[..., Recipe] | Callable[..., SegmentationRecipe]] = 
         deit_tiny_folder,
         digits_vim,
         digits_deit,
+        vim_tiny_cifar10,
+        deit_tiny_cifar10,
+        vim_tiny_imagenette,
+        deit_tiny_imagenette,
         vim_tiny_imagenet,
         vim_small_imagenet,
         vim_base_imagenet,
@@ -64,8 +74,10 @@ __all__ = [
     "deit_camvid",
     "deit_small_imagenet",
     "deit_small_upernet_ade20k",
+    "deit_tiny_cifar10",
     "deit_tiny_folder",
     "deit_tiny_imagenet",
+    "deit_tiny_imagenette",
     "deit_tiny_upernet_ade20k",
     "digits_deit",
     "digits_vim",
@@ -79,8 +91,10 @@ __all__ = [
     "vim_small_imagenet",
     "vim_small_long_imagenet",
     "vim_small_upernet_ade20k",
+    "vim_tiny_cifar10",
     "vim_tiny_folder",
     "vim_tiny_imagenet",
+    "vim_tiny_imagenette",
     "vim_tiny_long_imagenet",
     "vim_tiny_upernet_ade20k",
 ]
