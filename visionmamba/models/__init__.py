@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from visionmamba.models.config import VimConfig
     from visionmamba.models.deit import DeiT, DeiTConfig
+    from visionmamba.models.detection import DetectionModel, DetectorConfig
     from visionmamba.models.mixer import BidirectionalMixer, DirectionalSSM
     from visionmamba.models.published import load_published
     from visionmamba.models.vim import Vim, VimBlock
@@ -19,6 +20,8 @@ __all__ = [
     "BidirectionalMixer",
     "DeiT",
     "DeiTConfig",
+    "DetectionModel",
+    "DetectorConfig",
     "DirectionalSSM",
     "Vim",
     "VimBlock",
@@ -34,6 +37,8 @@ _HOMES = {
     "BidirectionalMixer": "mixer",
     "DeiT": "deit",
     "DeiTConfig": "deit",
+    "DetectionModel": "detection",
+    "DetectorConfig": "detection",
     "DirectionalSSM": "mixer",
     "Vim": "vim",
     "VimBlock": "vim",

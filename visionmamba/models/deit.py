@@ -38,7 +38,7 @@ class DeiTConfig:
     in_channels: int = 3
     """Channels of the pictures."""
     num_classes: int = 1000
-    """Outputs of the classifier."""
+    """Outputs of the classifier; 0 leaves the classifier out."""
     d_model: int = 192
     """Token width D."""
     depth: int = 12
@@ -50,9 +50,9 @@ class DeiTConfig:
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "in_channels", "num_classes", "d_model", "depth", "num_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
+            value, least = getattr(self, name), 0 if name == "num_classes" else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}")
         if not 0 <= self.drop_path <= 1:
