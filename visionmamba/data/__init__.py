@@ -1,6 +1,20 @@
 """From files to batches: image sets, their preparation for a model, loaders that can be resumed."""
 
 from visionmamba.data.batches import Batch, EvalBatches, TrainBatches
+from visionmamba.data.box_batches import (
+    DetectionBatch,
+    DetectionEvalBatches,
+    DetectionTrainBatches,
+)
+from visionmamba.data.box_transforms import (
+    BoxTransform,
+    DetectionAugmentation,
+    DetectionPreprocessing,
+    DetectionTarget,
+)
+from visionmamba.data.coco import Coco, DetectionSet, DetectionSplits, FileObjects, Objects
+from visionmamba.data.coco_json import AnnotationError
+from visionmamba.data.drawn_objects import ArrayObjects, DrawnObjects
 from visionmamba.data.image_files import (
     MAX_PIXELS,
     UnreadableImageError,
@@ -29,23 +43,42 @@ from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocess
 DataSource = Digits | ImageFolder | WebShards | HuggingFaceData | TimmData
 """What a recipe can learn from; each has `build() -> ImageSplits`."""
 
+DetectionSource = Coco | DrawnObjects
+"""What a detector can learn from; each has `build() -> DetectionSplits` and `open(split)`."""
+
 __all__ = [
     "MAX_PIXELS",
     "PADDING",
+    "AnnotationError",
     "ArrayImages",
+    "ArrayObjects",
     "Augmentation",
     "Batch",
     "BatchTooLargeError",
+    "BoxTransform",
+    "Coco",
     "DataSource",
+    "DetectionAugmentation",
+    "DetectionBatch",
+    "DetectionEvalBatches",
+    "DetectionPreprocessing",
+    "DetectionSet",
+    "DetectionSource",
+    "DetectionSplits",
+    "DetectionTarget",
+    "DetectionTrainBatches",
     "Digits",
+    "DrawnObjects",
     "EvalBatches",
     "FileImages",
+    "FileObjects",
     "HuggingFaceData",
     "ImageFolder",
     "ImageSet",
     "ImageSplits",
     "ImageTransform",
     "Mixing",
+    "Objects",
     "Preprocessing",
     "TimmData",
     "TrainBatches",
