@@ -107,13 +107,14 @@ def read_coco(
     reader = _Reader(path, images, categories, problems)
     for number, annotation in enumerate(content["annotations"]):
         reader.read(number, annotation)
+    reader.require_masks_of_all_or_none()
     if problems and on_broken == "fail":
         more = len(problems) - 1
         rest = f"; {more} more like this" if more else ""
         raise AnnotationError(
             f'{problems[0]}{rest}: correct the file, or leave such out with on_unreadable="skip"'
         )
-    return reader.table(content["annotations"])
+    return reader.table()
 
 
 def _load(path: Path, max_bytes: int) -> dict[str, list[object]]:
@@ -160,7 +161,7 @@ def _read_categories(path: Path, values: list[object]) -> dict[int, str]:
     for value in values:
         category = value if isinstance(value, dict) else {}
         category_id, name = category.get("id"), category.get("name")
-        if not _is_id(category_id) or not isinstance(name, str) or category_id in names:
+        if not _is_id(category_id) or not _is_text(name) or category_id in names:
             raise AnnotationError(
                 f"{path} has the category {_shown(value)}; wanted an object with an id of its own, "
                 "a whole number, and a name"
@@ -199,7 +200,7 @@ def _read_images(
 
 
 def _name_problem(name: object) -> str | None:
-    if not isinstance(name, str) or not name or len(name) > _MAX_NAME_LENGTH or "\0" in name:
+    if not _is_text(name):
         return "has no usable file_name, wanted a path relative to the folder of images"
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.anchor or ".." in path.parts:
@@ -220,6 +221,7 @@ def _size_problem(image: Mapping[str, object], max_pixels: int) -> str | None:
 
 
 class _Object(NamedTuple):
+    id: int
     box: tuple[float, float, float, float]
     label: int
     is_crowd: bool
@@ -266,7 +268,7 @@ class _Reader:
         if image is None:  # named already
             return
         try:
-            found = self._object(annotation, image)
+            found = self._object(annotation_id, annotation, image)
         except NoAreaError as error:
             self._without_area.append(f"{self._title(annotation, image)} {error}")
         except ValueError as error:
@@ -274,7 +276,21 @@ class _Reader:
         else:
             self._objects[image_id].append(found)
 
-    def table(self, annotations: list[object]) -> CocoTable:
+    def require_masks_of_all_or_none(self) -> None:
+        """Takes objects without a mask for broken when there are others with one."""
+        rows = [found for image_objects in self._objects.values() for found in image_objects]
+        if len({found.segment is None for found in rows}) < 2:
+            return
+        for image_id, image_objects in self._objects.items():
+            self._problems += [
+                f"{self._title({'id': found.id, 'image_id': image_id}, self._images[image_id])} "
+                "has no segmentation while others have one"
+                for found in image_objects
+                if found.segment is None
+            ]
+            self._objects[image_id] = [one for one in image_objects if one.segment is not None]
+
+    def table(self) -> CocoTable:
         """Returns all that was collected."""
         images = tuple(image for image in self._images.values() if image is not None)
         rows = [found for image in images for found in self._objects[image.id]]
@@ -284,8 +300,6 @@ class _Reader:
                 f"{self._path} has no object that can be used; the first problem: {left_out[0]}"
             )
         with_mask = [found.segment for found in rows if found.segment is not None]
-        if with_mask and len(with_mask) < len(rows):
-            self._raise_for_missing_mask(len(rows) - len(with_mask), annotations)
         for image in images:
             self._check_number(image, with_masks=bool(with_mask))
         uses = Counter(self._categories.values())
@@ -310,7 +324,9 @@ class _Reader:
         name = f" ({_shown(image.file_name)})" if image else ""
         return f"{self._path}: annotation {ids[0]} of image {ids[1]}{name}"
 
-    def _object(self, annotation: Mapping[str, object], image: CocoImage) -> _Object:
+    def _object(
+        self, annotation_id: int, annotation: Mapping[str, object], image: CocoImage
+    ) -> _Object:
         """Returns one object; ValueError's message completes "annotation 5 of image 3 ..."."""
         category = annotation.get("category_id")
         if not _is_id(category) or category not in self._labels:
@@ -337,23 +353,12 @@ class _Reader:
             except ValueError as error:
                 raise ValueError(f"has a segmentation that {error}") from error
         return _Object(
+            annotation_id,
             box,
             self._labels[category],
             bool(is_crowd),
             math.nan if area is None else float(area),
             segment,
-        )
-
-    def _raise_for_missing_mask(self, count: int, annotations: list[object]) -> None:
-        bare = next(
-            annotation
-            for annotation in annotations
-            if isinstance(annotation, dict) and not annotation.get("segmentation")
-        )
-        raise AnnotationError(
-            f"{self._path}: annotation {_shown(bare.get('id'))} of image "
-            f"{_shown(bare.get('image_id'))} has no segmentation while others have one ({count} "
-            "such); give all objects masks, or none"
         )
 
     def _check_number(self, image: CocoImage, *, with_masks: bool) -> None:
@@ -392,6 +397,13 @@ def _is_id(value: object) -> TypeGuard[int]:
     return type(value) is int and abs(value) < _MAX_ID
 
 
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it can be shown, and be a part of a file's name."""
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME_LENGTH:
+        return False
+    return not any(sign < " " or "\ud800" <= sign <= "\udfff" for sign in value)
+
+
 def _is_number(value: object) -> TypeGuard[int | float]:
     if type(value) is int:
         return abs(value) < _MAX_ID
@@ -401,11 +413,11 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 def _shown(value: object) -> str:
     """Returns a value of the file as a short text that any terminal can show."""
     if isinstance(value, dict):
-        return f"an object of {len(value)} entries"
+        return f"an object of length {len(value)}"
     if isinstance(value, list) and (
         len(value) > _MAX_SHOWN_VALUES or any(isinstance(one, list | dict) for one in value)
     ):
-        return f"a list of {len(value)} values"
+        return f"a list of length {len(value)}"
     if isinstance(value, str) and value.isprintable():
         return _short(value)
     return _short(ascii(value))
