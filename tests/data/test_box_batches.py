@@ -67,6 +67,14 @@ def test_training_batches_hold_cuts_of_one_size() -> None:
     assert [target["image_id"] for target in batch.targets] == batch.indices.tolist()
 
 
+def test_workers_pass_on_few_pieces_of_memory() -> None:
+    batch = next(iter(train()))
+    for name in ("boxes", "labels", "area", "iscrowd"):
+        tensors = [target[name] for target in batch.targets]  # type: ignore[literal-required]
+        assert len({one.untyped_storage().data_ptr() for one in tensors}) == 1
+    assert len({image.untyped_storage().data_ptr() for image in batch.images}) == 1
+
+
 def test_number_of_workers_changes_nothing() -> None:
     assert_equal(list(train()), list(train(num_workers=1)))
 

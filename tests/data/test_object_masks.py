@@ -1,5 +1,6 @@
 """Masks are decoded and filled as pycocotools does it, and nothing hostile is decoded at all."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -129,3 +130,10 @@ def test_what_does_not_fit_the_picture_is_refused(value: object, reason: str) ->
 def test_outlines_of_two_corners_have_no_area() -> None:
     with pytest.raises(NoAreaError, match="three corners"):
         read_segment([[0, 0, 1, 1]], 4, 4)
+
+
+def test_outlines_name_the_library_that_fills_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
+    segment = read_segment([[0, 0, 3, 0, 3, 3]], 4, 4)
+    with pytest.raises(ImportError, match=r"visionmamba\[detection\]"):
+        segment_counts(segment, 4, 4)

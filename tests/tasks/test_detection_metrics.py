@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -260,6 +261,14 @@ def test_pictures_are_judged_once() -> None:
 def test_no_pictures_cannot_be_scored() -> None:
     with pytest.raises(ValueError, match="no pictures to score"):
         metric().scores()
+
+
+def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    judged = metric()
+    judged.update([target([], [])], [detections([], [], [])])
+    with pytest.raises(ImportError, match=r"visionmamba\[detection\]"):
+        judged.scores()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Batches of pictures with objects, for one process or for one of several."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from visionmamba.data.loading import (
     check_numbers,
 )
 from visionmamba.data.sets import OnUnreadable
+
+_SMALL: tuple[Literal["boxes", "labels", "area", "iscrowd"], ...] = (
+    "boxes", "labels", "area", "iscrowd",
+)  # fmt: skip
 
 
 class DetectionBatch(NamedTuple):
@@ -61,7 +65,7 @@ class DetectionTrainBatches(ShuffledBatches[DetectionBatch]):
             raise ValueError("training needs pictures of one size; build() with an augmentation")
         super().__init__(
             _ObjectExamples(images, transform),
-            Unstacked(DetectionBatch),
+            Unstacked(_make_batch),
             batch_size=batch_size,
             seed=seed,
             num_workers=num_workers,
@@ -100,10 +104,26 @@ class DetectionEvalBatches(OrderedBatches[DetectionBatch]):
         places += [Place(PADDING)] * (num_rows - len(places))
         super().__init__(
             _ObjectExamples(images, transform),
-            Unstacked(DetectionBatch),
+            Unstacked(_make_batch),
             [places[start : start + batch_size] for start in range(0, num_rows, batch_size)],
             num_workers=num_workers,
         )
+
+
+def _make_batch(
+    images: Sequence[Tensor], targets: Sequence[DetectionTarget], indices: Tensor
+) -> DetectionBatch:
+    """Returns a batch whose small tensors share memory: each of its own would cost a worker, which
+    passes them on, and this process one open file."""
+    counts = [len(target["labels"]) for target in targets]
+    joined = [target.copy() for target in targets]
+    for name in _SMALL:
+        parts = torch.split(torch.cat([target[name] for target in targets]), counts)
+        for target, part in zip(joined, parts, strict=True):
+            target[name] = part
+    if len({image.shape for image in images}) == 1:
+        images = torch.stack(list(images)).unbind()
+    return DetectionBatch(images, joined, indices)
 
 
 class _ObjectExamples:
