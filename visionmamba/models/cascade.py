@@ -322,7 +322,9 @@ class CascadeHeads(nn.Module):
         rois = torch.cat((picture, everything), dim=1)
         least, most = (round(math.log2(stride)) for stride in (self.strides[0], self.strides[-1]))
         of_level = LevelMapper(least, most)([everything])
-        pooled = levels[0].new_zeros((len(rois), levels[0].shape[1], cells, cells))
+        shape = (len(rois), levels[0].shape[1], cells, cells)
+        # the layout that norms over channels read without copies
+        pooled = levels[0].new_zeros(shape).to(memory_format=torch.channels_last)
         for i, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
             rows = torch.where(of_level == i)[0]
             pooled[rows] = roi_align(level, rois[rows], cells, 1 / stride, aligned=True)

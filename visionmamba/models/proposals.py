@@ -13,8 +13,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
-_NUM_BEFORE_NMS = {"training": 2000, "testing": 1000}  # of each level
-
 
 class Anchors(AnchorGenerator):  # type: ignore[misc]
     """Anchors of one size a level, in float32 and at given strides.
@@ -60,7 +58,8 @@ def proposal_network(
     Args:
         channels: of the levels.
         sizes, strides: of the anchors of each level, in pixels.
-        num_proposals: most boxes of a picture.
+        num_proposals: most boxes of a picture; NMS gets as many of each level, in training twice
+            as many.
     """
     return RegionProposalNetwork(
         Anchors(sizes, strides),
@@ -69,7 +68,7 @@ def proposal_network(
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
         positive_fraction=0.5,
-        pre_nms_top_n=_NUM_BEFORE_NMS,
+        pre_nms_top_n={"training": 2 * num_proposals, "testing": num_proposals},
         post_nms_top_n={"training": num_proposals, "testing": num_proposals},
         nms_thresh=0.7,
     )
