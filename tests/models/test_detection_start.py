@@ -5,8 +5,7 @@ import torch
 
 from tests.models.published import golden_case
 from visionmamba import load_published, save
-from visionmamba.models import DeiTConfig, DetectorConfig, VimConfig
-from visionmamba.models.detection_start import load_detector_backbone
+from visionmamba.models import DeiTConfig, DetectorConfig, VimConfig, load_detector_backbone
 
 pytestmark = pytest.mark.once
 

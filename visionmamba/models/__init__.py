@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from visionmamba.models.config import VimConfig
     from visionmamba.models.deit import DeiT, DeiTConfig
     from visionmamba.models.detection import DetectionModel, DetectorConfig
+    from visionmamba.models.detection_start import load_detector_backbone
     from visionmamba.models.mixer import BidirectionalMixer, DirectionalSSM
     from visionmamba.models.published import load_published
     from visionmamba.models.vim import Vim, VimBlock
@@ -28,6 +29,7 @@ __all__ = [
     "VimConfig",
     "WeightsHeader",
     "load",
+    "load_detector_backbone",
     "load_published",
     "read_header",
     "save",
@@ -45,6 +47,7 @@ _HOMES = {
     "VimConfig": "config",
     "WeightsHeader": "weights",
     "load": "weights",
+    "load_detector_backbone": "detection_start",
     "load_published": "published",
     "read_header": "weights",
     "save": "weights",

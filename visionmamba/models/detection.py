@@ -6,7 +6,7 @@ DetectorConfig and DetectionModel. Not here: proposals (proposals.py), box heads
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ class DetectionModel(nn.Module):
         return self.config.num_classes
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Return losses in training, objects in evaluation.
 
@@ -216,8 +216,8 @@ class DetectionModel(nn.Module):
             (n, H, W) bool.
 
         Raises:
-            ValueError: no or wrong pictures, no targets in training, or an object that has no area
-                or an unknown label; the message names the picture.
+            ValueError: no or wrong pictures, no targets in training or of wrong shapes, or an
+                object that has no area or an unknown label; the message names the picture.
         """
         sizes = self._check_images(images)
         objects = None
@@ -228,7 +228,9 @@ class DetectionModel(nn.Module):
                     f"{'no' if targets is None else len(targets)} targets: give them, or call "
                     "model.eval() first"
                 )
-            objects = [_without_crowds(target) for target in targets]
+            objects = [
+                _single_objects(target, size) for target, size in zip(targets, sizes, strict=True)
+            ]
             self._check_targets(objects, targets)
         batch = self._pad(images, sizes)
         levels = self._levels(batch)
@@ -280,7 +282,7 @@ class DetectionModel(nn.Module):
     def _check_targets(
         self,
         objects: Sequence[dict[str, Tensor]],
-        targets: Sequence[Mapping[str, Tensor]],
+        targets: Sequence[Mapping[str, Any]],
     ) -> None:
         boxes = torch.cat([one["boxes"] for one in objects])
         labels = torch.cat([one["labels"] for one in objects])
@@ -311,16 +313,24 @@ def _bare_backbone(config: DetectorConfig) -> Vim | WindowedDeiT:
     return backbone
 
 
-def _without_crowds(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return boxes, labels and masks of single objects."""
+def _single_objects(target: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return boxes, labels and masks of a picture's objects without crowds."""
     missing = [name for name in ("boxes", "labels", "masks") if name not in target]
     if missing:
         raise ValueError(f"targets need boxes, labels and masks; one has no {' or '.join(missing)}")
-    kept = {name: target[name] for name in ("boxes", "labels", "masks")}
-    if "iscrowd" not in target:
-        return kept
-    is_single = target["iscrowd"] == 0
-    return {name: values[is_single] for name, values in kept.items()}
+    count = len(target["boxes"])
+    for name, shape in (("boxes", (count, 4)), ("labels", (count,)), ("masks", (count, *size))):
+        if target[name].shape != shape:
+            raise ValueError(
+                f"{name} of {count} objects in a picture of {size[0]}x{size[1]} must be {shape}; "
+                f"got {tuple(target[name].shape)}"
+            )
+    is_single = slice(None) if "iscrowd" not in target else target["iscrowd"] == 0
+    return {
+        "boxes": target["boxes"][is_single].float(),
+        "labels": target["labels"][is_single].to(torch.int64),
+        "masks": target["masks"][is_single],
+    }
 
 
 def _check_int(name: str, value: object) -> None:

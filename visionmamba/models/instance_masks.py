@@ -16,6 +16,7 @@ from torchvision.ops import roi_align
 from visionmamba.models.pyramid import ChannelNorm
 
 _NUM_CONVOLUTIONS = 4
+_AT_ONCE = 32  # masks of whole pictures in float32
 
 
 class MaskHead(nn.Module):
@@ -56,9 +57,13 @@ def mask_targets(masks: Tensor, boxes: Tensor, matches: Tensor, size: int) -> Te
         matches: (n,) the object of each box.
         size: side of the target.
     """
-    rois = torch.cat((matches[:, None].to(boxes.dtype), boxes), dim=1)
-    drawn: Tensor = roi_align(masks[:, None].float(), rois, size, aligned=True)
-    return (drawn[:, 0] >= 0.5).float()
+    targets = []
+    chunks = zip(torch.split(boxes, _AT_ONCE), torch.split(matches, _AT_ONCE), strict=True)
+    for some, match in chunks:
+        own = masks[match, None].float()
+        rois = torch.cat((torch.arange(len(some), device=some.device)[:, None], some), dim=1)
+        targets.append(roi_align(own, rois, size, aligned=True)[:, 0] >= 0.5)
+    return torch.cat(targets).float()
 
 
 def mask_loss(
