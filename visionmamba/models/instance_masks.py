@@ -33,9 +33,7 @@ class MaskHead(nn.Module):
         widths = [channels] * _NUM_CONVOLUTIONS
         self.convolutions = MaskRCNNHeads(in_channels, widths, 1, norm_layer=ChannelNorm)
         self.predictor = MaskRCNNPredictor(channels, channels, num_classes)
-        nn.init.normal_(self.predictor.mask_fcn_logits.weight, std=0.001)
-        for layer in (self.predictor.conv5_mask, self.predictor.mask_fcn_logits):
-            nn.init.zeros_(layer.bias)
+        self.predictor.mask_fcn_logits.reset_parameters()  # torchvision's logits start far from 0
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """Return float32 logits (n, 2 s, 2 s) of each box's own class.
