@@ -73,7 +73,7 @@ def test_help_appears_at_once_and_names_every_command() -> None:
     )
     assert time.monotonic() - started < 10 * HELP_SECONDS
     assert " torch\n" not in done.stderr
-    for command in ("train", "eval", "predict", "models", "convert", "info", "demo", "bench"):
+    for command in ("train", "predict", "check", "models", "info", "demo", "ablate", "bench"):
         assert f"\n  {command} " in done.stdout
 
 
@@ -250,7 +250,7 @@ def test_info_names_versions_devices_and_backends(capsys: Output) -> None:
 
 def test_bench_lists_its_benchmarks(capsys: Output) -> None:
     assert main(["bench", "--help"]) == 0
-    assert "{efficiency,kernels,complexity,loader}" in capsys.readouterr().out
+    assert "{efficiency,segmentation,kernels,complexity,loader}" in capsys.readouterr().out
 
 
 def test_bench_complexity_prints_tables_and_writes_files(tmp_path: Path, capsys: Output) -> None:
@@ -266,7 +266,7 @@ def test_misspelt_command_names_the_valid_ones(capsys: Output) -> None:
     assert main(["trian"]) == 2
     assert complaint(capsys) == (
         "there is no command trian, did you mean train?; "
-        "valid commands: train, eval, predict, models, convert, info, demo, bench"
+        "valid commands: train, eval, predict, check, models, convert, info, demo, ablate, bench"
     )
 
 

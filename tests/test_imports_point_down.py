@@ -20,6 +20,7 @@ RANKS = {
     "recipes": 4,
     "bench": 4,
     "demo": 5,
+    "studies": 5,
     "serve": 5,
     "cli": 6,
     "__main__": 7,

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETS_UP = ("make", "pip")
 NUM_PHOTOS = {"train": 32, "val": 4}
+SHORTENED = {"finetune": 2, "vim_shapes": 1}
 DOCUMENTS = (
     "README.md",
     "CHANGELOG.md",
@@ -30,6 +31,7 @@ DOCUMENTS = (
     "docs/kernels.md",
     "docs/weights.md",
     "docs/training.md",
+    "docs/segmentation.md",
     "docs/log.md",
 )
 
@@ -64,12 +66,14 @@ def stand_in_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(program: str, *arguments: str) -> None:
-    """Runs a command of a document; a fine-tune for two epochs, whatever its recipe says."""
+    """Runs a command of a document; some trainings for few epochs, whatever their recipes say."""
     assert program == "visionmamba"
-    shortened = ("--epochs", "2") if arguments[:2] == ("train", "finetune") else ()
+    epochs = SHORTENED.get(arguments[1]) if arguments[0] == "train" else None
+    shortened = () if epochs is None else ("--epochs", str(epochs))
     assert main([*arguments, *shortened]) == 0, arguments
 
 
+@pytest.mark.once
 def test_every_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_readers_files(tmp_path)
     stand_in_weights(tmp_path, monkeypatch)

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from visionmamba.models.mixer import BidirectionalMixer
     from visionmamba.models.optimize import optimize
     from visionmamba.models.published import load_published
+    from visionmamba.models.segmentation import SegmenterConfig
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import load, save
     from visionmamba.ops import selective_scan
     from visionmamba.tasks.classifier import Classification, Classifier
+    from visionmamba.tasks.segmenter import Segmentation, Segmenter
 
 __version__ = "0.1.0"
 
@@ -26,6 +28,9 @@ __all__ = [
     "Classification",
     "Classifier",
     "DeiTConfig",
+    "Segmentation",
+    "Segmenter",
+    "SegmenterConfig",
     "Vim",
     "VimBlock",
     "VimConfig",
@@ -42,6 +47,9 @@ _HOMES = {
     "Classification": "visionmamba.tasks.classifier",
     "Classifier": "visionmamba.tasks.classifier",
     "DeiTConfig": "visionmamba.models.deit",
+    "Segmentation": "visionmamba.tasks.segmenter",
+    "Segmenter": "visionmamba.tasks.segmenter",
+    "SegmenterConfig": "visionmamba.models.segmentation",
     "Vim": "visionmamba.models.vim",
     "VimBlock": "visionmamba.models.vim",
     "VimConfig": "visionmamba.models.config",

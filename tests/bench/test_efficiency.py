@@ -48,6 +48,7 @@ def case_of(model: ModelName, **options: object) -> Case:
     return replace(case, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.once
 def test_measures_the_models_and_writes_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +71,7 @@ def test_measures_the_models_and_writes_files(
         assert plot.width > 500
 
 
+@pytest.mark.once
 def test_a_case_over_the_memory_limit_is_kept_and_marked(tmp_path: Path) -> None:
     settings = Efficiency(
         resolutions=(192,), repeats=1, device="cpu", memory_limit_gb=0.001, out=tmp_path
@@ -79,6 +81,7 @@ def test_a_case_over_the_memory_limit_is_kept_and_marked(tmp_path: Path) -> None
     assert (tmp_path / "efficiency_cpu_tiny_infer_memory_light.png").is_file()
 
 
+@pytest.mark.once
 def test_peak_memory_holds_weights_and_grows_with_the_resolution() -> None:
     small = peak_bytes_on_cpu(case_of("vim", resolution=64), threads=1)
     large = peak_bytes_on_cpu(case_of("vim", resolution=448), threads=1)

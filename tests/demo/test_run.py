@@ -8,6 +8,8 @@ import pytest
 
 from visionmamba.demo import Demo
 
+pytestmark = pytest.mark.once
+
 
 def test_trains_measures_reports_and_is_taken_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -66,7 +66,7 @@ def test_wrong_number_of_class_names_is_refused(tmp_path):
 
 
 def test_only_our_models_are_saved(tmp_path):
-    with pytest.raises(TypeError, match="takes a Vim or a DeiT; got Linear"):
+    with pytest.raises(TypeError, match="takes a Vim, a DeiT or a segmenter; got Linear"):
         save(torch.nn.Linear(1, 1), tmp_path / "w.safetensors")
 
 
@@ -105,6 +105,9 @@ def test_newer_format_is_refused_with_the_remedy(weights):
         ({"format_version": "x"}, "damaged visionmamba header"),
         ({"architecture": "resnet"}, "damaged visionmamba header"),
         ({"surprise": 1}, "damaged visionmamba header"),
+        ({"class_names": None}, "damaged visionmamba header"),
+        ({"details": [1]}, "damaged visionmamba header"),
+        ({"config": []}, "damaged visionmamba header"),
         ({"config": {"d_modle": 3}}, "cannot be built: VimConfig has no option 'd_modle'"),
         ({"config": {**VIM.__dict__, "d_model": 32}}, r"does not fit its model: .* must be"),
         ({"config": {**VIM.__dict__, "depth": 3}}, "does not fit its model: it lacks blocks.2"),
@@ -138,7 +141,7 @@ def test_folder_is_laid_out_for_the_hub(tmp_path):
     assert sorted(os.listdir(tmp_path / "vim")) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((tmp_path / "vim" / "config.json").read_text())
     header = read_header(tmp_path / "vim")
-    assert config == json.loads(json.dumps(header.__dict__))
+    assert config == json.loads(json.dumps(header.to_dict()))
     assert load(tmp_path / "vim", device="cpu").header == header
 
 

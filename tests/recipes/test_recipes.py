@@ -76,11 +76,13 @@ def accuracy_after_four_epochs(out: Path) -> float:
     return fit(recipe, out, device="cpu", progress=False).metrics["val_accuracy"]
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_vim_learns_the_digits(tmp_path: Path) -> None:
     assert accuracy_after_four_epochs(tmp_path / "run") > 0.8
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_vim_learns_nothing_from_shuffled_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

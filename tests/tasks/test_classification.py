@@ -213,6 +213,13 @@ def test_weights_without_preparation_are_refused(tmp_path: Path) -> None:
         Classifier.load(path)
 
 
+def test_damaged_header_is_named(tmp_path: Path) -> None:
+    path, preprocessing = tmp_path / "w.safetensors", PREPROCESSING.to_dict()
+    save(model(), path, preprocessing={**preprocessing, "mean": 3})
+    with pytest.raises(ValueError, match=r"w\.safetensors has a damaged header \("):
+        Classifier.load(path)
+
+
 def test_result_is_frozen_plain_and_public(classifier: Classifier) -> None:
     result = classifier(picture(), top_k=2)
     with pytest.raises(FrozenInstanceError):

@@ -9,15 +9,18 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.recipes import segmenters
 from tests.training.processes import SERVER
 from tests.training.small import small_recipe
-from visionmamba.recipes import Recipe
+from visionmamba.models.segmentation import SegmentationHead
+from visionmamba.recipes import Recipe, SegmentationRecipe
 from visionmamba.training import Experiment, NonFiniteError, fit
 
 STOPPED, NOT_FINITE = 3, 4
@@ -29,10 +32,21 @@ def shared_recipe(**changes: Any) -> Recipe:
     return replace(recipe, model=replace(recipe.model, drop_path=0.0, dropout=0.0))
 
 
+def shared_segmentation(*, head: SegmentationHead = "segmenter") -> SegmentationRecipe:
+    """Returns the small segmentation with nothing that depends on how a step is divided.
+
+    UperNet's batch norms do, unless GPUs synchronise them.
+    """
+    recipe = segmenters.small_recipe(ema_decay=0.9)
+    backbone = replace(recipe.model.backbone, drop_path=0.0)
+    return replace(recipe, model=replace(recipe.model, backbone=backbone, head=head, dropout=0.0))
+
+
 def train_in_ranks(
     out: Path,
     *,
     ranks: int,
+    make: Callable[..., Recipe | SegmentationRecipe] = shared_recipe,
     strategy: str = "ddp",
     launcher: str = "torchrun",
     device: str = "cpu",
@@ -40,10 +54,11 @@ def train_in_ranks(
     at_step: int = 0,
     **changes: Any,
 ) -> list[int]:
-    """Trains the shared recipe, and returns the exit codes of the processes.
+    """Trains a recipe, and returns the exit codes of the processes.
 
     Args:
         out: folder of the run.
+        make: makes the recipe of `changes`.
         ranks: processes; all are killed once one has died, as launchers do.
         strategy: as fit takes it.
         launcher: whose environment they find: "torchrun", "torchrun on machines of one process
@@ -52,7 +67,7 @@ def train_in_ranks(
         rank_1: what befalls the second process after a step: "killed", "asked to stop", "not
             finite"; with one process, what befalls that.
         at_step: the step.
-        changes: of the recipe.
+        changes: what `make` is called with.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,7 +80,7 @@ def train_in_ranks(
             "MASTER_PORT": str(port),
         }
         fate = rank_1 if rank == ranks - 1 else None
-        given = (out, environment, strategy, device, fate, at_step, changes)
+        given = (out, environment, strategy, device, fate, at_step, make, changes)
         processes.append(SERVER.Process(target=_train, args=given))
     for process in processes:
         process.start()
@@ -131,12 +146,14 @@ def _train(
     device: str,
     fate: str | None,
     at_step: int,
+    make: Callable[..., Recipe | SegmentationRecipe],
     changes: dict[str, Any],
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    recipe = shared_recipe(**changes)
+    recipe = make(**changes)
     if fate == "not finite":
+        assert isinstance(recipe, Recipe)
         values = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
         recipe = _BreakingRecipe(**values)
     elif fate is not None:

@@ -16,8 +16,8 @@ from visionmamba.data import Batch
 from visionmamba.recipes import Recipe
 from visionmamba.tasks import ClassificationTask
 from visionmamba.training import Experiment, FitResult, fit
+from visionmamba.training.engine import keeps_picture
 from visionmamba.training.metrics import ClassesFile, ClassValues
-from visionmamba.training.recorder import keeps_picture
 
 pytestmark = pytest.mark.once
 
@@ -80,6 +80,25 @@ def test_long_run_keeps_a_few_pictures_and_the_last() -> None:
     assert [epoch for epoch in range(1, 24) if keeps_picture(epoch, 23)] == [*range(2, 23, 2), 23]
     assert sum(keeps_picture(epoch, 300) for epoch in range(1, 301)) == 20
     assert all(keeps_picture(epoch, 20) for epoch in range(1, 21))
+
+
+def test_only_pictures_that_are_kept_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(DrawingTask, "draw", lambda *_: drawn.append(1))
+    monkeypatch.setattr("visionmamba.training.engine.keeps_picture", lambda epoch, _: epoch == 2)
+    fit(drawing_recipe(), tmp_path / "run", device="cpu", progress=False)
+    assert len(drawn) == 1
+
+
+def test_sharding_needs_a_validation_that_is_even(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DrawingTask, "validates_evenly", False)
+    with pytest.raises(ValueError, match=r"--inference\.mode whole, or --strategy ddp"):
+        fit(drawing_recipe(), tmp_path / "run", device="cpu", devices=2, strategy="fsdp")
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_that_died_after_its_last_epoch_keeps_its_classes(

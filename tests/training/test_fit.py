@@ -51,6 +51,7 @@ def test_run_leaves_all_its_files(finished: FitResult) -> None:
     assert any((finished.out / "tensorboard").iterdir())
 
 
+@pytest.mark.once
 def test_results_say_what_was_done(finished: FitResult) -> None:
     results = json.loads((finished.out / "results.json").read_text())
     assert results["name"] == "digits_vim"
@@ -68,6 +69,7 @@ def test_results_say_what_was_done(finished: FitResult) -> None:
     )
 
 
+@pytest.mark.once
 def test_rows_are_the_chosen_steps_and_every_validation(finished: FitResult) -> None:
     rows = read_metrics(finished.out / "metrics.csv")
     assert [int(row["step"]) for row in rows if "train_loss" in row] == [3, 6, 9, 12, 15, 18, 21]
@@ -75,6 +77,7 @@ def test_rows_are_the_chosen_steps_and_every_validation(finished: FitResult) -> 
     assert rows[-1]["val_accuracy"] == pytest.approx(finished.metrics["val_accuracy"])
 
 
+@pytest.mark.once
 def test_weights_say_how_to_use_them(finished: FitResult) -> None:
     header = read_header(finished.out / "best.safetensors")
     assert header.class_names == tuple("0123456789")
@@ -89,12 +92,14 @@ def test_same_seed_gives_the_same_bytes(finished: FitResult, tmp_path: Path) -> 
         assert (again.out / name).read_bytes() == (finished.out / name).read_bytes()
 
 
+@pytest.mark.once
 def test_other_seed_gives_other_weights(finished: FitResult, tmp_path: Path) -> None:
     other = train(small_recipe(seed=1, epochs=1), tmp_path / "run")
     first = read_metrics(finished.out / "metrics.csv")[0]["train_loss"]
     assert read_metrics(other.out / "metrics.csv")[0]["train_loss"] != first
 
 
+@pytest.mark.once
 def test_finished_run_is_left_as_it_is(finished: FitResult) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
     again = train(small_recipe(), finished.out)
@@ -102,6 +107,7 @@ def test_finished_run_is_left_as_it_is(finished: FitResult) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")} == before
 
 
+@pytest.mark.once
 def test_run_that_died_after_its_last_epoch_is_completed(
     finished: FitResult, tmp_path: Path
 ) -> None:
@@ -117,12 +123,14 @@ def test_run_that_died_after_its_last_epoch_is_completed(
     assert (out / "results.json").exists()
 
 
+@pytest.mark.once
 def test_random_state_of_the_caller_is_kept(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     train(small_recipe(epochs=1), tmp_path / "run")
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.once
 def test_finished_run_of_another_recipe_is_refused(finished: FitResult) -> None:
     recipe = small_recipe(epochs=5)
     with pytest.raises(ValueError, match=r"epochs is 2 there and 5 here\); repeat its options"):
@@ -148,6 +156,7 @@ class _Stop:
         signal.raise_signal(self._number)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
     finished: FitResult, tmp_path: Path, number: signal.Signals
@@ -168,6 +177,7 @@ def test_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
         assert (out / name).read_bytes() == (finished.out / name).read_bytes()
 
 
+@pytest.mark.once
 def test_resume_with_another_recipe_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with _Stop(out / "last.ckpt", signal.SIGINT), pytest.raises(KeyboardInterrupt):
@@ -183,6 +193,7 @@ def test_resume_with_another_recipe_is_refused_and_changes_nothing(tmp_path: Pat
     assert {path: path.read_bytes() for path in out.glob("*.*")} == before
 
 
+@pytest.mark.once
 def test_other_classes_at_a_resume_are_named(finished: FitResult, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished.out, out)
@@ -193,10 +204,12 @@ def test_other_classes_at_a_resume_are_named(finished: FitResult, tmp_path: Path
         train(small_recipe(), out)
 
 
+@pytest.mark.once
 def test_run_goes_on_with_another_device_batch_size(finished: FitResult) -> None:
     assert train(small_recipe(device_batch_size=64), finished.out).was_finished
 
 
+@pytest.mark.once
 def test_moving_average_is_judged_and_kept_beside_the_weights(tmp_path: Path) -> None:
     result = train(small_recipe(ema_decay=0.5), tmp_path / "run")
     assert {"val_loss", "val_loss_ema", "val_accuracy_ema"} <= result.metrics.keys()
@@ -209,12 +222,14 @@ def test_moving_average_is_judged_and_kept_beside_the_weights(tmp_path: Path) ->
     assert not torch.equal(own["head.weight"], average["head.weight"])
 
 
+@pytest.mark.once
 def test_moving_average_changes_nothing_else(finished: FitResult, tmp_path: Path) -> None:
     result = train(small_recipe(ema_decay=0.999), tmp_path / "run")
     expected = (finished.out / "last.safetensors").read_bytes()
     assert (result.out / "last.safetensors").read_bytes() == expected
 
 
+@pytest.mark.once
 def test_files_left_out_are_named(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -247,6 +262,7 @@ def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
         assert actual == pytest.approx(expected, rel=ROUNDING)
 
 
+@pytest.mark.once
 @pytest.mark.gpu
 @pytest.mark.parametrize("device_batch_size", [None, 32])
 def test_graphs_take_the_same_steps_on_a_gpu(tmp_path: Path, device_batch_size: int | None) -> None:
@@ -263,6 +279,7 @@ def test_graphs_take_the_same_steps_on_a_gpu(tmp_path: Path, device_batch_size: 
     assert graphs.metrics["val_loss_ema"] == pytest.approx(eager.metrics["val_loss_ema"], rel=1e-3)
 
 
+@pytest.mark.once
 @pytest.mark.gpu
 def test_run_on_a_gpu_goes_on_after_a_signal(tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -312,6 +329,7 @@ def broken(name: str) -> Recipe:
     return _Broken(**{field: getattr(recipe, field) for field in recipe.__dataclass_fields__})
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -332,12 +350,14 @@ def test_non_finite_value_stops_naming_step_rate_and_layer(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.once
 def test_batch_that_does_not_fit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(BatchTooLargeError, match="a batch of 128 images does not fit into"):
         train(broken("memory"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.once
 def test_passes_of_a_smaller_device_batch_make_the_same_step(tmp_path: Path) -> None:
     recipe = small_recipe(epochs=1, log_every_steps=1)
     recipe = replace(recipe, model=replace(recipe.model, drop_path=0.0, dropout=0.0))
@@ -348,23 +368,27 @@ def test_passes_of_a_smaller_device_batch_make_the_same_step(tmp_path: Path) -> 
         assert actual == pytest.approx(expected, rel=ROUNDING)
 
 
+@pytest.mark.once
 def test_bfloat16_trains(tmp_path: Path) -> None:
     result = train(small_recipe(epochs=1, precision="bfloat16"), tmp_path / "run")
     assert result.metrics["val_loss"] < 2.4  # ln 10 is 2.30; nan would fail too
 
 
+@pytest.mark.once
 def test_number_of_workers_changes_nothing(finished: FitResult, tmp_path: Path) -> None:
     result = train(small_recipe(), tmp_path / "run", num_workers=1)
     expected = (finished.out / "last.safetensors").read_bytes()
     assert (result.out / "last.safetensors").read_bytes() == expected
 
 
+@pytest.mark.once
 def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match="is a file, wanted a folder for the run"):
         train(small_recipe(), tmp_path / "run")
 
 
+@pytest.mark.once
 def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("precious")
     with pytest.raises(ValueError, match=r"holds a metrics\.csv but no recipe\.json, so it is not"):
@@ -372,12 +396,14 @@ def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
+@pytest.mark.once
 def test_unknown_device_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device must be"):
         fit(small_recipe(), tmp_path / "run", device="tpu9")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.once
 def test_progress_without_a_terminal_is_a_line_an_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from visionmamba import VimConfig
-from visionmamba.training.graphs import graph_forward
+from visionmamba.models import SegmenterConfig
+from visionmamba.training.graphs import can_be_recorded, graph_forward
 
-pytestmark = pytest.mark.gpu
+on_gpu = pytest.mark.gpu
 
 CONFIG = VimConfig(image_size=32, patch_size=8, d_model=64, depth=3, num_classes=5)
 
@@ -34,6 +35,7 @@ def build() -> nn.Module:
     return CONFIG.build().cuda().train()
 
 
+@on_gpu
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_losses_follow_those_without(accumulate: int) -> None:
     expected = losses_of(build(), accumulate=accumulate)
@@ -44,6 +46,7 @@ def test_losses_follow_those_without(accumulate: int) -> None:
     assert actual[-1] < 0.95 * actual[0]
 
 
+@on_gpu
 def test_other_shapes_evaluation_and_the_time_after_run_as_before() -> None:
     model = build()
     undo = graph_forward(model, copies_gradients=False)
@@ -60,6 +63,7 @@ def test_other_shapes_evaluation_and_the_time_after_run_as_before() -> None:
     assert "forward" not in vars(model)
 
 
+@on_gpu
 def test_what_cannot_be_recorded_is_said_and_trains() -> None:
     class Asking(nn.Module):
         def __init__(self) -> None:
@@ -74,3 +78,45 @@ def test_what_cannot_be_recorded_is_said_and_trains() -> None:
     with pytest.warns(UserWarning, match="one by one, as the model cannot be recorded"):
         model(torch.ones(3, 4, device="cuda")).sum().backward()
     assert model.linear.weight.grad is not None
+
+
+def segmenter_after_steps(*, graphed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of six steps of UperNet, and the state it ends in."""
+    torch.manual_seed(0)
+    config = SegmenterConfig(backbone=CONFIG, num_classes=5, dropout=0.0, auxiliary_channels=16)
+    model = config.build().cuda().train()
+    if graphed:
+        graph_forward(model, copies_gradients=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).cuda()
+    masks = torch.arange(4 * 32 * 32, device="cuda").view(4, 32, 32) // 700
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        logits, auxiliary = model(images)
+        loss = nn.functional.cross_entropy(logits, masks)
+        loss = loss + 0.4 * nn.functional.cross_entropy(auxiliary, masks)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+@on_gpu
+def test_segmenter_follows_with_its_batch_norms_counting_once() -> None:
+    expected, expected_state = segmenter_after_steps(graphed=False)
+    actual, state = segmenter_after_steps(graphed=True)
+    assert torch.tensor(actual).allclose(torch.tensor(expected), rtol=1e-2)
+    counts = [name for name in state if name.endswith("num_batches_tracked")]
+    assert counts
+    assert {int(state[name]) for name in counts} == {6}
+    for name in (name for name in state if name.endswith("running_mean")):
+        torch.testing.assert_close(state[name], expected_state[name], rtol=0.05, atol=1e-2)
+
+
+@pytest.mark.once
+def test_what_the_host_decides_or_other_processes_know_is_not_recorded() -> None:
+    assert can_be_recorded(CONFIG.build())
+    assert not can_be_recorded(nn.Sequential(nn.SyncBatchNorm(3)))
+    flipping = VimConfig(image_size=32, d_model=16, depth=2, bidirectional="sequence")
+    assert not can_be_recorded(flipping.build())

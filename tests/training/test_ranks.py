@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.ranks import NOT_FINITE, STOPPED, shared_recipe, train_in_ranks
+from tests.training.ranks import (
+    NOT_FINITE,
+    STOPPED,
+    shared_recipe,
+    shared_segmentation,
+    train_in_ranks,
+)
 from tests.training.small import STEPS_PER_EPOCH
 from visionmamba.models import load
 from visionmamba.models.weights import read_tensors
@@ -68,6 +74,33 @@ def test_two_gpus_follow_one(tmp_path: Path, strategy: str) -> None:
     assert train_in_ranks(one, ranks=1, strategy="auto", device="cuda") == [0]
     assert train_in_ranks(two, ranks=2, strategy=strategy, device="cuda") == [0, 0]
     assert_same_run(two, one)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_segmenters_blocks_and_follow_one(tmp_path: Path) -> None:
+    fit(shared_segmentation(), tmp_path / "one", device="cpu", progress=False)
+    codes = train_in_ranks(tmp_path / "two", ranks=2, make=shared_segmentation, strategy="fsdp")
+    assert codes == [0, 0]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    for name in ("classes.csv", "pictures/epoch_0002.png"):
+        assert (tmp_path / "two" / name).exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_synchronise_batch_norms(tmp_path: Path, strategy: str) -> None:
+    for ranks in (1, 2):
+        codes = train_in_ranks(
+            tmp_path / str(ranks),
+            ranks=ranks,
+            make=shared_segmentation,
+            strategy=strategy if ranks == 2 else "auto",
+            device="cuda",
+            head="upernet",
+        )
+        assert codes == [0] * ranks
+    assert_same_run(tmp_path / "2", tmp_path / "1")
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import pytest
 from tests.training.processes import Death, read_order, train_in_process
 from tests.training.small import STEPS_PER_EPOCH
 
+pytestmark = pytest.mark.once
+
 KILLED = -signal.SIGKILL
 COMPARED = ("last.safetensors", "best.safetensors", "metrics.csv")
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from visionmamba.models.deit import DeiT
-    from visionmamba.models.vim import Vim
+    from visionmamba.models.config import VimConfig
+    from visionmamba.models.deit import DeiT, DeiTConfig
 
 ModelName = Literal[
     "vim",
@@ -34,6 +34,7 @@ deit-compile: under torch.compile; deit-checkpoint: keeping the input of each bl
 Size = Literal["tiny", "small", "base"]
 Mode = Literal["infer", "train"]
 Precision = Literal["float32", "bfloat16"]
+SegmenterHead = Literal["upernet", "segmenter"]
 
 PATCH_SIDE_PX = 16
 NUM_REFERENCE_IMAGES = 2
@@ -112,6 +113,10 @@ class Case:
     """float32 throughout; or bfloat16: weights and input in inference, autocast in training."""
     pyramid: bool = False
     """Whether feature maps at strides 4, 8, 16 and 32 are made instead of logits."""
+    segmenter: SegmenterHead | None = None
+    """The head of a segmenter, which scores every pixel; None leaves the classifier."""
+    num_classes: int = 1000
+    """Outputs of the classifier, or of every pixel."""
     cuda_graphs: bool = True
     """Whether passes on a GPU are replayed from CUDA graphs."""
     image: Path | None = None
@@ -152,12 +157,7 @@ class Case:
 
         torch.manual_seed(0)
         with torch.device(self.device):
-            backbone = self._build_vim() if is_vim(self.model) else self._build_deit()
-            model: nn.Module = backbone
-            if self.pyramid:
-                from visionmamba.models.pyramid import PyramidBackbone
-
-                model = PyramidBackbone(backbone)
+            model = self._build_vim() if is_vim(self.model) else self._build_deit()
         if self.model == "deit-compile":
             model = _compiled(model)
         return model.train(self.mode == "train")
@@ -178,34 +178,58 @@ class Case:
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # (3, H, W)
         return (pixels / 127.5 - 1).expand(shape).to(self.device, self.dtype)
 
-    def _build_vim(self) -> "Vim":
+    def _build_vim(self) -> "nn.Module":
         from visionmamba.models.config import VimConfig
 
         sizes = {"tiny": VimConfig.tiny, "small": VimConfig.small, "base": VimConfig.base}
-        is_lean = self.model == "vim-lean"
-        config = sizes[self.size](image_size=self.resolution, activation_checkpointing=is_lean)
-        model = config.build()
+        config = sizes[self.size](
+            image_size=self.resolution,
+            num_classes=self.num_classes,
+            activation_checkpointing=self.model == "vim-lean",
+            # no class token below a segmenter, as published
+            readout="middle" if self.segmenter is None else "mean",
+        )
+        model = self._with_head(config)
         if self.model == "vim-mamba-ssm":
             from visionmamba.bench.published import use_published_kernels
+            from visionmamba.models.vim import Vim
 
-            use_published_kernels(model)
+            for module in list(model.modules()):
+                if isinstance(module, Vim):
+                    use_published_kernels(module)
         return model
 
-    def _build_deit(self) -> "DeiT":
+    def _build_deit(self) -> "nn.Module":
         from timm.layers.config import set_fused_attn
 
-        from visionmamba.models.deit import DeiTConfig
+        from visionmamba.models.deit import DeiT, DeiTConfig
 
         sizes = {"tiny": DeiTConfig.tiny, "small": DeiTConfig.small, "base": DeiTConfig.base}
-        config = sizes[self.size](image_size=self.resolution)
+        config = sizes[self.size](image_size=self.resolution, num_classes=self.num_classes)
         set_fused_attn(enable=self.model != "deit-eager")  # read when attention is built
         try:
-            model = config.build()
+            model = self._with_head(config)
         finally:
             set_fused_attn(enable=True)
         if self.model == "deit-checkpoint":
-            _checkpoint_blocks(model)
+            for module in list(model.modules()):
+                if isinstance(module, DeiT):
+                    _checkpoint_blocks(module)
         return model
+
+    def _with_head(self, config: "VimConfig | DeiTConfig") -> "nn.Module":
+        """Return the backbone with what the case puts on it."""
+        if self.segmenter is not None:
+            from visionmamba.models.segmentation import SegmenterConfig
+
+            return SegmenterConfig(
+                backbone=config, num_classes=self.num_classes, head=self.segmenter
+            ).build()
+        if self.pyramid:
+            from visionmamba.models.pyramid import PyramidBackbone
+
+            return PyramidBackbone(config.build())
+        return config.build()
 
 
 def _compiled(model: "nn.Module") -> "nn.Module":

@@ -7,13 +7,12 @@ inference in bfloat16, derived from what each kernel of a layer reads and writes
 
 import csv
 import json
-import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visionmamba.bench.cases import PATCH_SIDE_PX, Case, ModelName, Size, display_name
-from visionmamba.bench.machine import Machine, describe_machine
+from visionmamba.bench.machine import Machine, command_of, describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,13 +181,7 @@ class Complexity:
     @property
     def command(self) -> str:
         """The command that repeats this count."""
-        words = ["visionmamba", "bench", "complexity"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{field.name}", *(str(v) for v in values)]
-        return shlex.join(words)
+        return command_of(self, "bench", "complexity")
 
     def run(self) -> ComplexityResult:
         """Count, print the tables and write the files into `out`."""

@@ -3,8 +3,7 @@
 All models are measured in one run and take turns, so that a busy moment hits all of them.
 """
 
-import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,13 +15,14 @@ from visionmamba.bench.cases import (
     ModelName,
     OutOfMemory,
     Precision,
+    SegmenterHead,
     Size,
     check_available,
     is_vim,
     telling_out_of_memory,
 )
 from visionmamba.bench.compile_ahead import compile_ahead
-from visionmamba.bench.machine import choose_device, describe_machine
+from visionmamba.bench.machine import choose_device, command_of, describe_machine
 from visionmamba.bench.memory import free_gpu_memory, peak_bytes_on_cpu, prepare_on_gpu
 from visionmamba.bench.passes import (
     Outputs,
@@ -63,6 +63,10 @@ class Efficiency:
     """bfloat16: weights and input in inference, autocast in training; auto takes it on a GPU."""
     pyramid: bool = False
     """Measure backbone and feature pyramid without classifier, as the paper's figures 3 and 4."""
+    segmenter: SegmenterHead | None = None
+    """Measure segmenters with this head; `bench segmentation` does, in both modes."""
+    num_classes: int = 1000
+    """Outputs of the classifier, or of every pixel."""
     cuda_graphs: bool = True
     """On a GPU replay every pass of every model from a CUDA graph, where it can be captured."""
     threads: int | None = None
@@ -121,6 +125,10 @@ class Efficiency:
                 )
         if self.pyramid and self.mode == "train":
             raise ValueError("pyramid has no loss to train with; leave out --mode train")
+        if self.pyramid and self.segmenter is not None:
+            raise ValueError("a segmenter has a pyramid of its own; leave out one of them")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1; got {self.num_classes}")
 
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
@@ -131,17 +139,7 @@ class Efficiency:
     @property
     def command(self) -> str:
         """The command that repeats this measurement."""
-        words = ["visionmamba", "bench", "efficiency"]
-        for field in fields(self):
-            value, name = getattr(self, field.name), field.name.replace("_", "-")
-            if value == field.default:
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                values = value if isinstance(value, tuple) else (value,)
-                words += [f"--{name}", *(str(v) for v in values)]
-        return shlex.join(words)
+        return command_of(self, "bench", "efficiency")
 
     def precision_on(self, device: str) -> Precision:
         """What `precision` means on a device."""
@@ -213,6 +211,8 @@ class Efficiency:
             device=device,
             precision=self.precision_on(device),
             pyramid=self.pyramid,
+            segmenter=self.segmenter,
+            num_classes=self.num_classes,
             cuda_graphs=self.cuda_graphs,
             image=self.image,
         )

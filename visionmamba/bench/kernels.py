@@ -5,17 +5,16 @@ kernels are measured by gpu_kernels.py. No fast wrong answer counts.
 """
 
 import os
-import shlex
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from visionmamba.bench.gpu_kernels import time_on_gpu
 from visionmamba.bench.kernel_results import KernelsResult, KernelTiming
-from visionmamba.bench.machine import choose_device, describe_machine
+from visionmamba.bench.machine import choose_device, command_of, describe_machine
 from visionmamba.bench.op_cases import Backend, OpCase, Pass, op_cases
 from visionmamba.bench.passes import MOST_PASSES, TURN_SECONDS, cpu_seconds
 
@@ -50,12 +49,7 @@ class Kernels:
     @property
     def command(self) -> str:
         """The command that repeats this measurement."""
-        words = ["visionmamba", "bench", "kernels"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
-        return shlex.join(words)
+        return command_of(self, "bench", "kernels")
 
     def run(self) -> KernelsResult:
         """Measure, print the table and write the files into `out`.

@@ -2,12 +2,15 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from visionmamba import __version__
 
@@ -135,3 +138,23 @@ def _commit() -> str | None:
     ):  # no git here, or the checkout is another user's
         return None
     return answer.stdout.strip()
+
+
+def command_of(options: Any, *words: str, without: Collection[str] = ()) -> str:
+    """Return the command line that gives a dataclass of options its values.
+
+    Args:
+        options: what is at its default is left out.
+        words: of the command, after "visionmamba".
+        without: fields to leave out.
+    """
+    line = ["visionmamba", *words]
+    for field in fields(options):
+        value, name = getattr(options, field.name), field.name.replace("_", "-")
+        if value == field.default or field.name in without:
+            continue
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            line += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(line)

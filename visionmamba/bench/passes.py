@@ -31,6 +31,7 @@ Output = TypeVar("Output")
 TURN_SECONDS = 0.05
 MOST_PASSES = 1000
 _FEWEST_TURNS, _ENOUGH_SECONDS = 3, 1.5
+_AUXILIARY_WEIGHT = 0.4  # of UperNet's second head, as published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +103,18 @@ class Pass:
         import torch
 
         device = self._images.device
-        targets = torch.zeros(len(self._images), dtype=torch.long, device=device)
+        is_segmenter = self.case.segmenter is not None
+        shape = (len(self._images), *(self._images.shape[2:] if is_segmenter else ()))
+        targets = torch.zeros(shape, dtype=torch.long, device=device)
         self._model.zero_grad(set_to_none=True)
         is_half = self.case.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
-            logits = self._model(self._images)
+            outputs = self._model(self._images)
+            logits, auxiliary = outputs if is_segmenter else (outputs, None)
             loss = torch.nn.functional.cross_entropy(logits, targets)
+            if auxiliary is not None:
+                extra = torch.nn.functional.cross_entropy(auxiliary, targets)
+                loss = loss + _AUXILIARY_WEIGHT * extra
         torch.autograd.backward(loss)
         detached: torch.Tensor = logits.detach()
         return detached

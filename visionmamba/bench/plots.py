@@ -114,6 +114,7 @@ def plot_speed(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
     settings = result.settings
     what = "inference" if settings.mode == "infer" else "training step"
     what = "backbone and feature pyramid" if settings.pyramid else what
+    what = f"{what} of segmenters" if settings.segmenter is not None else what
     with _chart_of_models(result, theme, f"Speed, {what}, batch {settings.batch[0]}") as (
         axes,
         buffer,
@@ -143,7 +144,10 @@ def plot_speed(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
 def plot_memory(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
     """Plot the peak memory of one pass over the resolution."""
     color = PALETTES[theme].text
-    title = f"Peak memory, batch {result.settings.batch[0]}"
+    settings = result.settings
+    what = "" if settings.segmenter is None else ", segmenters"
+    what += ", training" if settings.segmenter is not None and settings.mode == "train" else ""
+    title = f"Peak memory{what}, batch {settings.batch[0]}"
     with _chart_of_models(result, theme, title) as (axes, buffer):
         for model in result.settings.models:
             facts = _facts(result, model, result.memory_ratio, "less", None)

@@ -184,7 +184,8 @@ class EfficiencyResult:
     def stem(self) -> str:
         """What the names of all files begin with."""
         settings = self.settings
-        parts = ["efficiency", self.machine_kind, settings.size, settings.mode]
+        what = "efficiency" if settings.segmenter is None else f"segmentation_{settings.segmenter}"
+        parts = [what, self.machine_kind, settings.size, settings.mode]
         parts += ["pyramid"] if settings.pyramid else []
         return "_".join([*parts, *([settings.label] if settings.label else [])])
 

@@ -15,6 +15,7 @@ _HEADINGS = (
     "batch",
     "model",
     "ms",
+    "images/s",
     "peak GB",
     "time ratio",
     "memory ratio",
@@ -35,6 +36,8 @@ def to_table(result: "EfficiencyResult") -> "Table":
     settings, machine = result.settings, result.machine
     what = "forward" if settings.mode == "infer" else "forward + backward"
     what += ", feature pyramid" if settings.pyramid else ""
+    if settings.segmenter is not None:
+        what += f", {settings.segmenter}, {settings.num_classes} classes"
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -83,6 +86,7 @@ def _cells(result: "EfficiencyResult", row: "Measurement") -> tuple[str, ...]:
         str(row.batch),
         result.names[row.model],
         _time_cell(row),
+        "" if result.settings.segmenter is None else _speed_cell(row),
         _memory_cell(row),
         "" if is_first else _ratio_cell(result.time_ratio(row)),
         "" if is_first else _ratio_cell(result.memory_ratio(row)),
@@ -97,6 +101,10 @@ def _time_cell(row: "Measurement") -> str:
     spread = (row.milliseconds_high - row.milliseconds_low) / 2
     digits = 2 if row.milliseconds < 10 else 1 if row.milliseconds < 100 else 0
     return f"{row.milliseconds:.{digits}f} ±{spread:.{digits}f}"
+
+
+def _speed_cell(row: "Measurement") -> str:
+    return "" if row.images_per_second is None else f"{row.images_per_second:.3g}"
 
 
 def _memory_cell(row: "Measurement") -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from visionmamba import __version__
-from visionmamba.cli import measure, train, use, weights
+from visionmamba.cli import data, measure, study, train, use, weights
 from visionmamba.cli.messages import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -29,15 +29,21 @@ Vision Mamba (Vim): train, use and measure it.
 commands:
   train RECIPE --out DIR        train a recipe, or go on where an interrupted run was left;
                                 `train finetune` is for a folder of your own
-  eval WEIGHTS DATA             accuracy of own or published weights on labelled images
-  predict WEIGHTS IMAGE...      what images show
+  eval WEIGHTS DATA             accuracy of own or published weights on labelled images, IoU of
+                                segmenters on images with masks
+  predict WEIGHTS IMAGE...      what images show, or with a segmenter every pixel of them
+  check FOLDER                  whether pictures and masks can be used; shares of the classes
   models                        the published weights: names, accuracies, where they are
   convert IN OUT.safetensors    published weights as safetensors that eval and predict take
   info                          versions, devices, and which backend runs each operation
   demo                          train a small Vim beside a DeiT, measure both, write a report
-  bench efficiency|kernels|complexity|loader
-                                time and memory against DeiT; the kernels one by one; operations
-                                and bytes beside the paper's formulas; images/s of the loader
+  ablate bidirectional|backbone --task TASK --out DIR
+                                the paper's table 4; Vim against DeiT: variants trained over
+                                learning rates and seeds, or taken up where they were left
+  bench efficiency|segmentation|kernels|complexity|loader
+                                time and memory against DeiT, of classifiers and of segmenters; the
+                                kernels one by one; operations and bytes beside the paper's
+                                formulas; images/s of the loader
 
 options:
   -h, --help                    this text; `visionmamba COMMAND --help` for a command's options
@@ -79,10 +85,12 @@ def _run(given: list[str]) -> int:
         "train": train.train,
         "eval": use.eval,
         "predict": use.predict,
+        "check": data.check,
         "models": weights.models,
         "convert": weights.convert,
         "info": measure.info,
         "demo": measure.demo,
+        "ablate": study.ablate,
         "bench": measure.bench,
     }
     if not given or given[0] in ("-h", "--help"):

@@ -45,9 +45,13 @@ def bench(given: list[str]) -> int:
     from visionmamba.bench.efficiency import Efficiency
     from visionmamba.bench.kernels import Kernels
     from visionmamba.bench.loader import LoaderSpeed
+    from visionmamba.bench.segmentation import SegmentationSpeed
 
-    benchmarks: dict[str, type[Efficiency | Kernels | Complexity | LoaderSpeed]] = {
+    benchmarks: dict[
+        str, type[Efficiency | SegmentationSpeed | Kernels | Complexity | LoaderSpeed]
+    ] = {
         "efficiency": Efficiency,
+        "segmentation": SegmentationSpeed,
         "kernels": Kernels,
         "complexity": Complexity,
         "loader": LoaderSpeed,

@@ -20,6 +20,7 @@ def sentence(error: BaseException) -> str:
 
 def is_explained(error: BaseException) -> bool:
     from visionmamba.data import BatchTooLargeError
+    from visionmamba.studies.pool import TrainingProcessError
     from visionmamba.training import NonFiniteError
 
-    return isinstance(error, BatchTooLargeError | NonFiniteError)
+    return isinstance(error, BatchTooLargeError | NonFiniteError | TrainingProcessError)

@@ -14,10 +14,13 @@ from visionmamba.cli.messages import EXIT_WRONG_INPUT, complain
 from visionmamba.cli.options import choose, num_workers_for, parse, parse_known
 
 if TYPE_CHECKING:
-    from visionmamba.recipes import Recipe
+    from visionmamba.recipes import Recipe, SegmentationRecipe
     from visionmamba.training import FitResult
 
+    MakeRecipe = Callable[..., Recipe] | Callable[..., SegmentationRecipe]
+
 Source = Literal["folder", "shards", "hugging-face", "timm", "digits"]
+MaskSource = Literal["ade20k", "cityscapes", "masks", "shapes"]
 
 _HELP_OPTIONS = ("-h", "--help")
 _ARGUMENT_HELP = {
@@ -27,7 +30,7 @@ _ARGUMENT_HELP = {
     "size": "Of the model, without weights.",
     "image_size": "Side in pixels, of the model and of its pictures.",
     "source": "Where the pictures come from, instead of what the recipe says; --data.FIELD are its "
-    "options (docs/training.md).",
+    "options (docs/training.md, docs/segmentation.md).",
 }
 
 
@@ -95,14 +98,12 @@ def train(given: list[str]) -> int:
 
 
 def _parse_train(
-    name: str, make_recipe: Callable[..., "Recipe"], given: list[str]
-) -> tuple["Recipe", RunOptions]:
+    name: str, make_recipe: "MakeRecipe", given: list[str]
+) -> tuple["Recipe | SegmentationRecipe", RunOptions]:
     """Returns the recipe and how it shall run.
 
     What the recipe's function takes is read first, since it decides the defaults of all else.
     """
-    from visionmamba.recipes import Recipe
-
     prog = f"visionmamba train {name}"
     arguments = _argument_fields(make_recipe)
     early: type[Any] = dataclasses.make_dataclass("Arguments", arguments, frozen=True, kw_only=True)
@@ -111,9 +112,10 @@ def _parse_train(
     values = dataclasses.asdict(chosen)
     source = values.pop("source")
     recipe = make_recipe(**values)
+    recipe_class: type[Any] = type(recipe)
     if source is not None:
-        recipe = dataclasses.replace(recipe, data=_source(source))
-    fields_of_recipe = {field.name for field in dataclasses.fields(Recipe)}
+        recipe = dataclasses.replace(recipe, **{"data": _source(source)})
+    fields_of_recipe = {field.name for field in dataclasses.fields(recipe)}
     shown = [one for one in arguments if one[0] not in fields_of_recipe]  # those are shown anyway
     shown_class = dataclasses.make_dataclass("Arguments", shown, frozen=True, kw_only=True)
 
@@ -121,7 +123,7 @@ def _parse_train(
     class Train:
         run: Annotated[RunOptions, tyro.conf.arg(name="")]
         arguments: Annotated[Any, tyro.conf.arg(name="", constructor=shown_class)]
-        recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+        recipe: Annotated[recipe_class, tyro.conf.arg(name="")]  # type: ignore[valid-type]
 
     default = Train(
         run=RunOptions(out=tyro.MISSING),
@@ -133,12 +135,19 @@ def _parse_train(
     return parsed.recipe, parsed.run
 
 
-def _argument_fields(make_recipe: Callable[..., "Recipe"]) -> list[tuple[str, Any, Any]]:
+def _argument_fields(
+    make_recipe: "MakeRecipe",
+) -> list[tuple[str, Any, Any]]:
     """Returns the arguments of a recipe's function, and `source`, as fields of a dataclass."""
-    fields: list[tuple[str, Any, Any]] = [("source", Source | None, None)]
+    from visionmamba.recipes import SegmentationRecipe
+
+    signature = inspect.signature(make_recipe)
+    takes_masks = signature.return_annotation is SegmentationRecipe
+    sources: Any = MaskSource if takes_masks else Source
+    fields: list[tuple[str, Any, Any]] = [("source", sources | None, None)]
     fields += [
         (name, parameter.annotation, parameter.default)
-        for name, parameter in inspect.signature(make_recipe).parameters.items()
+        for name, parameter in signature.parameters.items()
         if name != "root"  # which is --data.root
     ]
     return [
@@ -147,15 +156,29 @@ def _argument_fields(make_recipe: Callable[..., "Recipe"]) -> list[tuple[str, An
     ]
 
 
-def _source(name: Source) -> Any:
-    from visionmamba.data import Digits, HuggingFaceData, ImageFolder, TimmData, WebShards
+def _source(name: Source | MaskSource) -> Any:
+    from visionmamba.data import (
+        ADE20K,
+        Cityscapes,
+        Digits,
+        HuggingFaceData,
+        ImageFolder,
+        MaskFolder,
+        Shapes,
+        TimmData,
+        WebShards,
+    )
 
-    sources: Mapping[Source, Callable[[], Any]] = {
+    sources: Mapping[Source | MaskSource, Callable[[], Any]] = {
         "folder": ImageFolder,
         "shards": WebShards,
         "hugging-face": HuggingFaceData,
         "timm": TimmData,
         "digits": Digits,
+        "ade20k": ADE20K,
+        "cityscapes": Cityscapes,
+        "masks": MaskFolder,
+        "shapes": Shapes,
     }
     return sources[name]()
 

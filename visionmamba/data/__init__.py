@@ -22,8 +22,38 @@ from visionmamba.data.image_files import (
     decode_image,
     open_image,
 )
+from visionmamba.data.joint_transforms import (
+    JointTransform,
+    SegmentationAugmentation,
+    SegmentationPreprocessing,
+)
 from visionmamba.data.libraries import HuggingFaceData, TimmData
 from visionmamba.data.loading import PADDING, derive_seed
+from visionmamba.data.mask_batches import (
+    SegmentationBatch,
+    SegmentationEvalBatches,
+    SegmentationTrainBatches,
+)
+from visionmamba.data.mask_check import ClassCounts, MaskReport, check_masks
+from visionmamba.data.mask_folders import (
+    ADE20K,
+    Cityscapes,
+    MaskFolder,
+    MaskFormat,
+    MaskSplit,
+    SegmentationSource,
+    mask_source,
+    open_masks,
+)
+from visionmamba.data.masks import (
+    IGNORE,
+    ArrayMasks,
+    FileMasks,
+    MaskError,
+    MaskProblem,
+    SegmentationSet,
+    SegmentationSplits,
+)
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
 from visionmamba.data.mixing import Mixing
 from visionmamba.data.sets import (
@@ -37,6 +67,7 @@ from visionmamba.data.sets import (
     open_images,
     split_readable,
 )
+from visionmamba.data.shapes import Shapes
 from visionmamba.data.shards import WebShards
 from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocessing
 
@@ -47,15 +78,20 @@ DetectionSource = Coco | DrawnObjects
 """What a detector can learn from; each has `build() -> DetectionSplits` and `open(split)`."""
 
 __all__ = [
+    "ADE20K",
+    "IGNORE",
     "MAX_PIXELS",
     "PADDING",
     "AnnotationError",
     "ArrayImages",
+    "ArrayMasks",
     "ArrayObjects",
     "Augmentation",
     "Batch",
     "BatchTooLargeError",
     "BoxTransform",
+    "Cityscapes",
+    "ClassCounts",
     "Coco",
     "DataSource",
     "DetectionAugmentation",
@@ -71,25 +107,45 @@ __all__ = [
     "DrawnObjects",
     "EvalBatches",
     "FileImages",
+    "FileMasks",
     "FileObjects",
     "HuggingFaceData",
     "ImageFolder",
     "ImageSet",
     "ImageSplits",
     "ImageTransform",
+    "JointTransform",
+    "MaskError",
+    "MaskFolder",
+    "MaskFormat",
+    "MaskProblem",
+    "MaskReport",
+    "MaskSplit",
     "Mixing",
     "Objects",
     "Preprocessing",
+    "SegmentationAugmentation",
+    "SegmentationBatch",
+    "SegmentationEvalBatches",
+    "SegmentationPreprocessing",
+    "SegmentationSet",
+    "SegmentationSource",
+    "SegmentationSplits",
+    "SegmentationTrainBatches",
+    "Shapes",
     "TimmData",
     "TrainBatches",
     "UnreadableImageError",
     "WebShards",
     "as_upright_eight_bit",
+    "check_masks",
     "decode_image",
     "derive_seed",
     "explain_out_of_memory",
     "image_files_in",
+    "mask_source",
     "open_image",
     "open_images",
+    "open_masks",
     "split_readable",
 ]

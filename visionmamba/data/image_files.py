@@ -22,6 +22,9 @@ IMAGE_SUFFIXES = (
 """Endings (lower case) of the files that count as images in a folder."""
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION = 0x0112  # EXIF: how the camera was held
+_TURNED = (5, 6, 7, 8)  # by a quarter, so that height and width change places
+_PNG_EXIF = {"exif", "Raw profile type exif"}  # where Pillow finds it before the pixels
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _bomb_limit_lock = threading.Lock()
 
@@ -46,8 +49,6 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
             a known range.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no image {path}; check the path")
     if path.is_dir():
         raise UnreadableImageError(f"{path} is a folder, not an image; give the files in it")
     return _open(path, path, max_pixels)
@@ -67,7 +68,29 @@ def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> 
     return _open(io.BytesIO(content), name, max_pixels)
 
 
-def _open(source: Path | io.BytesIO, name: str | Path, max_pixels: int) -> Image.Image:
+def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Returns (height, width) of the upright picture in a file, from its header alone.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnreadableImageError: it is no image, or too large.
+    """
+    with opened_image(path, path, max_pixels=max_pixels) as image:
+        return image.size if _is_turned(image) else (image.height, image.width)
+
+
+@contextmanager
+def opened_image(
+    source: Path | io.BytesIO, name: str | Path, *, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """Opens a picture as it is stored, not decoded yet, and explains what goes wrong meanwhile.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnreadableImageError: it is no image, too large, or the body met a damaged part.
+    """
+    if isinstance(source, Path) and not source.exists():
+        raise FileNotFoundError(f"there is no image {source}; check the path")
     try:
         with warnings.catch_warnings(), _without_pillow_limit(), Image.open(source) as image:
             # damaged EXIF and the like: Pillow warns and carries on, and so do we
@@ -79,8 +102,7 @@ def _open(source: Path | io.BytesIO, name: str | Path, max_pixels: int) -> Image
                     "more than the limit "
                     f"of {max_pixels}; raise max_pixels if you trust the file"
                 )
-            image.load()
-            return as_upright_eight_bit(image, name)
+            yield image
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
@@ -95,6 +117,18 @@ def _open(source: Path | io.BytesIO, name: str | Path, max_pixels: int) -> Image
         raise UnreadableImageError(
             f"{name} is damaged or cut short ({reason}); remove it or copy it again"
         ) from error
+
+
+def _open(source: Path | io.BytesIO, name: str | Path, max_pixels: int) -> Image.Image:
+    with opened_image(source, name, max_pixels=max_pixels) as image:
+        image.load()
+        return as_upright_eight_bit(image, name)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    if image.format == "PNG" and not _PNG_EXIF & image.info.keys():
+        return False  # Pillow would decode all pixels to look for EXIF behind them
+    return image.getexif().get(_ORIENTATION) in _TURNED
 
 
 def as_upright_eight_bit(image: Image.Image, name: str | Path) -> Image.Image:

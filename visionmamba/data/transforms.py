@@ -20,7 +20,7 @@ _RAND_AUGMENT = re.compile(
     r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*"
 )
 _TRANSLATION_SHARE = 0.45  # of the shorter side, RandAugment's largest shift in timm
-_RESAMPLING = {
+RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
@@ -55,12 +55,12 @@ class Augmentation:
     augmentation, arXiv 1901.09335); an epoch has as many samples as without."""
 
     def __post_init__(self) -> None:
-        _check_range("min_crop_area", self.min_crop_area, 0.01, 1.0)
-        _check_range("rotation_degrees", self.rotation_degrees, 0.0, 180.0)
-        _check_range("translation", self.translation, 0.0, 1.0)
-        _check_range("zoom", self.zoom, 0.0, 0.9)
-        _check_range("color_jitter", self.color_jitter, 0.0, 1.0)
-        _check_range("erase_probability", self.erase_probability, 0.0, 1.0)
+        check_range("min_crop_area", self.min_crop_area, 0.01, 1.0)
+        check_range("rotation_degrees", self.rotation_degrees, 0.0, 180.0)
+        check_range("translation", self.translation, 0.0, 1.0)
+        check_range("zoom", self.zoom, 0.0, 0.9)
+        check_range("color_jitter", self.color_jitter, 0.0, 1.0)
+        check_range("erase_probability", self.erase_probability, 0.0, 1.0)
         if self.auto_augment is not None and not _RAND_AUGMENT.fullmatch(self.auto_augment):
             raise ValueError(
                 "auto_augment must be a RandAugment in timm's words, as rand-m9-mstd0.5-inc1, got "
@@ -96,10 +96,10 @@ class Preprocessing:
         height, width = self.size
         if height < 1 or width < 1:
             raise ValueError(f"image_size must be positive, got {self.image_size}")
-        _check_range("crop_fraction", self.crop_fraction, 0.01, 1.0)
-        if self.interpolation not in _RESAMPLING:
+        check_range("crop_fraction", self.crop_fraction, 0.01, 1.0)
+        if self.interpolation not in RESAMPLING:
             raise ValueError(
-                f"interpolation must be one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}"
+                f"interpolation must be one of {', '.join(RESAMPLING)}, got {self.interpolation!r}"
             )
         if self.channels not in get_args(Channels):
             raise ValueError(f"channels must be RGB or L, got {self.channels!r}")
@@ -144,7 +144,7 @@ class Preprocessing:
         """Returns what `to_dict` described.
 
         Raises:
-            ValueError: a key is missing or unknown, or a value is out of range.
+            ValueError: a key is missing or unknown, or a value is of another type or out of range.
         """
         wanted = {"image_size", "crop_fraction", "interpolation", "mean", "std", "channels"}
         if set(values) != wanted:
@@ -152,15 +152,18 @@ class Preprocessing:
                 f"preprocessing needs the keys {', '.join(sorted(wanted))}, got "
                 f"{', '.join(sorted(values)) or 'none'}"
             )
-        height, width = values["image_size"]
-        return cls(
-            image_size=(int(height), int(width)),
-            crop_fraction=float(values["crop_fraction"]),
-            interpolation=values["interpolation"],
-            mean=tuple(float(value) for value in values["mean"]),
-            std=tuple(float(value) for value in values["std"]),
-            channels=values["channels"],
-        )
+        try:
+            height, width = values["image_size"]
+            return cls(
+                image_size=(int(height), int(width)),
+                crop_fraction=float(values["crop_fraction"]),
+                interpolation=values["interpolation"],
+                mean=tuple(float(value) for value in values["mean"]),
+                std=tuple(float(value) for value in values["std"]),
+                channels=values["channels"],
+            )
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"preprocessing holds a value of the wrong type: {error}") from None
 
 
 class ImageTransform:
@@ -237,7 +240,7 @@ def _rand_augment(preprocessing: Preprocessing, words: str) -> Callable[[Image.I
         {
             "translate_const": int(min(preprocessing.size) * _TRANSLATION_SHARE),
             "img_mean": fill if preprocessing.channels == "RGB" else fill[0],
-            "interpolation": _RESAMPLING[preprocessing.interpolation],
+            "interpolation": RESAMPLING[preprocessing.interpolation],
         },
     )
     for operation in change.ops:
@@ -282,9 +285,9 @@ def _centred_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Ima
     )
     if box == (0, 0, image.width, image.height) and image.size == (width, height):
         return image
-    return image.resize((width, height), _RESAMPLING[preprocessing.interpolation], box=box)
+    return image.resize((width, height), RESAMPLING[preprocessing.interpolation], box=box)
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {value:g}")

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from visionmamba.models.config import VimConfig
     from visionmamba.models.deit import DeiT, DeiTConfig
     from visionmamba.models.detection import DetectionModel, DetectorConfig
-    from visionmamba.models.detection_start import load_detector_backbone
     from visionmamba.models.mixer import BidirectionalMixer, DirectionalSSM
     from visionmamba.models.published import load_published
+    from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
+    from visionmamba.models.start import load_backbone, load_segmenter
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import WeightsHeader, load, read_header, save
 
@@ -24,13 +25,16 @@ __all__ = [
     "DetectionModel",
     "DetectorConfig",
     "DirectionalSSM",
+    "SegmentationModel",
+    "SegmenterConfig",
     "Vim",
     "VimBlock",
     "VimConfig",
     "WeightsHeader",
     "load",
-    "load_detector_backbone",
+    "load_backbone",
     "load_published",
+    "load_segmenter",
     "read_header",
     "save",
 ]
@@ -42,13 +46,16 @@ _HOMES = {
     "DetectionModel": "detection",
     "DetectorConfig": "detection",
     "DirectionalSSM": "mixer",
+    "SegmentationModel": "segmentation",
+    "SegmenterConfig": "segmentation",
     "Vim": "vim",
     "VimBlock": "vim",
     "VimConfig": "config",
     "WeightsHeader": "weights",
     "load": "weights",
-    "load_detector_backbone": "detection_start",
+    "load_backbone": "start",
     "load_published": "published",
+    "load_segmenter": "start",
     "read_header": "weights",
     "save": "weights",
 }

@@ -23,6 +23,8 @@ from visionmamba.models.weights import load_strictly
 
 Resize = Literal["grid", "published"]
 Origin = Literal["given", "args", "shapes", "header", "assumed"]
+Layout = tuple[tuple[int, int], tuple[int, ...]]
+"""Grid of patches, and places of class tokens in the sequence."""
 
 _ORIGIN_TITLES: tuple[tuple[Origin, str], ...] = (
     ("header", "said by the file"),
@@ -127,7 +129,7 @@ def build_fitted(
         grid = patch_grid(wanted)
         new = grid, class_token_positions(wanted.readout, math.prod(grid))
         if old != new:
-            fitted[key] = _fit_positions(fitted[key], old, new, resize)
+            fitted[key] = fit_positions(fitted[key], old, new, resize)
         if grid != source_grid:
             way = " in the authors' way" if resize == "published" else ""
             changes.append(f"position embedding resized{way} from {source_grid} to {grid} patches")
@@ -138,6 +140,19 @@ def build_fitted(
 def num_class_tokens(readout: Readout) -> int:
     """Return how many class tokens a readout has."""
     return len(class_token_positions(readout, 0))
+
+
+def fit_positions(rows: Tensor, old: Layout, new: Layout, resize: Resize = "grid") -> Tensor:
+    """Return rows (1, L', D) for a layout from rows (1, L, D) for another; see build_fitted."""
+    (old_grid, old_places), (new_grid, new_places) = old, new
+    if resize == "published" and old_grid != new_grid:
+        extra = rows[:, : len(new_places)]
+        rest = rows[:, len(old_places) :]
+        return torch.cat((extra, resize_grid(rest, old_grid, new_grid)), dim=1)
+    patches, tokens = split_tokens(rows, old_places)
+    if old_grid != new_grid:
+        patches = resize_grid(patches, old_grid, new_grid)
+    return insert_tokens(patches, tokens[:, : len(new_places)], new_places)
 
 
 def fit_channels(weight: Tensor, in_channels: int) -> Tensor:
@@ -194,19 +209,3 @@ def _head_change(old: int, new: int) -> str:
 def _channels_change(old: int, new: int) -> str:
     how = "summed" if new == 1 else "repeated and scaled"
     return f"patch filters of {old} channels {how} for {new}"
-
-
-_Layout = tuple[tuple[int, int], tuple[int, ...]]  # grid of patches, places of class tokens
-
-
-def _fit_positions(rows: Tensor, old: _Layout, new: _Layout, resize: Resize) -> Tensor:
-    """Return rows (1, L', D) for a layout from rows (1, L, D) for another."""
-    (old_grid, old_places), (new_grid, new_places) = old, new
-    if resize == "published" and old_grid != new_grid:
-        extra = rows[:, : len(new_places)]
-        rest = rows[:, len(old_places) :]
-        return torch.cat((extra, resize_grid(rest, old_grid, new_grid)), dim=1)
-    patches, tokens = split_tokens(rows, old_places)
-    if old_grid != new_grid:
-        patches = resize_grid(patches, old_grid, new_grid)
-    return insert_tokens(patches, tokens[:, : len(new_places)], new_places)

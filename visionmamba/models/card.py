@@ -16,10 +16,12 @@ def model_card(model: nn.Module, header: Mapping[str, Any]) -> str:
     """Return a card with the Hub's metadata, the way to load the model and what it is.
 
     Args:
-        model: a Vim or a DeiT.
+        model: a Vim, a DeiT or a segmenter.
         header: the fields of its WeightsHeader.
     """
     config, is_vim = header["config"], header["architecture"] == "vim"
+    if header["architecture"] == "segmenter":
+        return _segmenter_card(model, header)
     report = getattr(model, "load_report", None)
     origin = Path(report.source).name if report else None
     released = next((one for one in PUBLISHED_MODELS if one.filename == origin), None)
@@ -57,6 +59,38 @@ def model_card(model: nn.Module, header: Mapping[str, Any]) -> str:
             *("```python", "import visionmamba", ""),
             *(f'model = {load}("path/to/this/folder")', "```", ""),
             *(*facts, ""),
+            "`config.json` and the header of `model.safetensors` hold the whole configuration.",
+            "",
+        )
+    )
+
+
+def _segmenter_card(model: nn.Module, header: Mapping[str, Any]) -> str:
+    config, backbone = header["config"], header["config"]["backbone"]
+    name = "Vision Mamba (Vim)" if backbone["architecture"] == "vim" else "DeiT"
+    head = "UperNet" if config["head"] == "upernet" else "the mask transformer of Segmenter"
+    metadata = ["library_name: visionmamba", "pipeline_tag: image-segmentation"]
+    if backbone["architecture"] == "vim":
+        metadata += ["tags:", "- vision-mamba", "- state-space-model", "- arxiv:2401.09417"]
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = [
+        f"- Parameters: {num_parameters:,}",
+        f"- Pictures: any size, {backbone['in_channels']} channels; positions learned for "
+        f"{_size(backbone['image_size'])} px",
+        f"- Patches of {backbone['patch_size']} px, {backbone['depth']} blocks",
+        f"- Outputs: {_outputs(config['num_classes'], header['class_names'])}, at every pixel",
+    ]
+    if header["preprocessing"]:
+        facts.append(f"- Preparation of pictures: {_listed(header['preprocessing'])}")
+    return "\n".join(
+        (
+            *("---", *metadata, "---", ""),
+            *(f"# {name}, {backbone['d_model']} wide, with {head}", ""),
+            "A semantic segmenter of the Python package `visionmamba`. Download this folder, then:",
+            "",
+            *("```python", "from visionmamba import Segmenter", ""),
+            'segmentation = Segmenter.load("path/to/this/folder")("picture.jpg")',
+            *('segmentation.save("result")', "```", "", *facts, ""),
             "`config.json` and the header of `model.safetensors` hold the whole configuration.",
             "",
         )

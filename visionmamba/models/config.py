@@ -5,7 +5,7 @@ Not for hyper-parameters of training; those live in recipes.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
@@ -21,6 +21,7 @@ Rope = Literal["none", "tokens", "tokens+residual"]
 RopeLayout = Literal["grid", "published"]
 PartialPatches = Literal["pad", "refuse"]
 Initialization = Literal["published", "symmetric"]
+FeatureKind = Literal["residual", "mixer", "normed"]
 
 _Config = TypeVar("_Config", bound=type)
 
@@ -56,6 +57,26 @@ def refuse_unknown_options(
         raise TypeError(
             f"{owner} has no option {', '.join(map(repr, unknown))}; valid: {', '.join(valid)}"
         )
+
+
+def kind_of_each(
+    kind: FeatureKind | Sequence[FeatureKind], layers: Sequence[int]
+) -> list[FeatureKind]:
+    """Return the kind of each layer's features when one is given for all or one for each.
+
+    Raises:
+        ValueError: an unknown kind, or another number of kinds than of layers.
+    """
+    kinds = [kind] * len(layers) if isinstance(kind, str) else list(kind)
+    if len(kinds) != len(layers):
+        raise ValueError(
+            f"kind must be one for all layers or one for each; got {len(kinds)} for "
+            f"{len(layers)} layers"
+        )
+    for one in kinds:
+        if one not in get_args(FeatureKind):
+            raise ValueError(f"kind must be 'residual', 'mixer' or 'normed'; got {one!r}")
+    return kinds
 
 
 class VimInnerOptions(TypedDict, total=False):

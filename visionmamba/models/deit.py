@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from visionmamba.models.config import names_valid_options
+from visionmamba.models.config import FeatureKind, kind_of_each, names_valid_options
 
 if TYPE_CHECKING:
     from visionmamba.models.weights import WeightsHeader
@@ -99,13 +99,38 @@ class DeiT(VisionTransformer):
         super().__init__(**options)
         self.config = config
 
-    def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def features(
+        self,
+        images: Tensor,
+        layers: Sequence[int],
+        *,
+        kind: FeatureKind | Sequence[FeatureKind] = "residual",
+    ) -> list[Tensor]:
         """Return maps (B, D, h, w) after the zero-based blocks `layers`, without class token.
 
         Args:
-            images: (B, in_channels, H, W).
-            layers: blocks in ascending order; one map each.
+            images: (B, in_channels, H, W) whose sides are multiples of the patch size.
+            layers: blocks, in any order; one map each, in the same order.
+            kind: "residual": the stream after the block; "normed": that after the final norm. One
+                for all maps, or one for each.
+
+        Raises:
+            ValueError: an unknown kind or one that a DeiT does not have, or another number of kinds
+                than of layers.
         """
-        maps = self.forward_intermediates(images, indices=list(layers), intermediates_only=True)
+        kinds = kind_of_each(kind, layers)
+        for one in kinds:
+            if one == "mixer":
+                raise ValueError("kind must be 'residual' or 'normed' for a DeiT; got 'mixer'")
+        once = sorted(set(layers))
+        maps = self.forward_intermediates(images, indices=once, intermediates_only=True)
         assert isinstance(maps, list)
-        return maps
+        after = dict(zip(once, maps, strict=True))
+        return [
+            self._normed(after[layer]) if one == "normed" else after[layer]
+            for layer, one in zip(layers, kinds, strict=True)
+        ]
+
+    def _normed(self, features: Tensor) -> Tensor:
+        normed: Tensor = self.norm(features.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """Detectors with instance masks: a Vim or a DeiT, a simple feature pyramid, Cascade Mask R-CNN.
 
 DetectorConfig and DetectionModel. Not here: proposals (proposals.py), box heads (cascade.py), masks
-(instance_masks.py), attention in windows (windows.py), weights to start from (detection_start.py).
+(instance_masks.py), attention in windows (windows.py), weights to start from (start.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Feature pyramids: a plain backbone, whose maps all have stride 16, gives strides 4, 8, 16, 32.
+"""Feature pyramids: a plain backbone, whose maps all have one stride, gives strides 4, 8, 16, 32.
 
 Two designs: the one of segmentation heads, which rescales maps of four depths, and the simple
 pyramid of ViTDet (arXiv 2203.16527), which makes all levels from the last map. No heads here.
@@ -20,7 +20,7 @@ STRIDES_PX = (4, 8, 16, 32)
 
 
 class FeaturePyramid(nn.Module):
-    """Make maps at strides 4, 8, 16 and 32 from maps at stride 16.
+    """Make maps at strides 4, 8, 16 and 32 from maps at stride 16, or at 8 or 4.
 
     Args:
         d_model: channels D of the backbone's maps.
@@ -28,23 +28,40 @@ class FeaturePyramid(nn.Module):
             channels out; "detection": one map in, rescaled to all levels, then a 1x1 and a 3x3
             convolution, each with a norm over channels.
         out_channels: channels of the levels of a "detection" pyramid.
+        stride: of the maps that come in, in pixels; a "detection" pyramid takes 16 only.
+
+    Raises:
+        ValueError: another stride.
     """
 
     def __init__(
-        self, d_model: int, *, kind: PyramidKind = "detection", out_channels: int = 256
+        self,
+        d_model: int,
+        *,
+        kind: PyramidKind = "detection",
+        out_channels: int = 256,
+        stride: int = 16,
     ) -> None:
         super().__init__()
         self.kind = kind
         self.num_inputs = len(STRIDES_PX) if kind == "segmentation" else 1
         self.out_channels = d_model if kind == "segmentation" else out_channels
+        strides = (4, 8, 16) if kind == "segmentation" else (16,)
+        if stride not in strides:
+            raise ValueError(
+                f"a {kind} pyramid takes maps at stride {' or '.join(map(str, strides))}; got "
+                f"{stride}: choose patches of another size"
+            )
         if kind == "segmentation":
-            levels = _segmentation_levels(d_model)
+            levels = [_rescale(d_model, stride, level) for level in STRIDES_PX]
         else:
             levels = _detection_levels(d_model, out_channels)
         self.levels = nn.ModuleList(levels)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return (B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w) and (B, C, h/2, w/2), rounded down.
+        """Return four levels (B, C, h, w), from stride 4 to stride 32.
+
+        Sides that come in at stride 16 become 4h, 2h, h and h/2, rounded down.
 
         Args:
             maps: `num_inputs` maps (B, D, h, w).
@@ -77,8 +94,7 @@ class PyramidBackbone(nn.Module):
         self.backbone = backbone
         d_model = backbone.config.d_model
         self.pyramid = FeaturePyramid(d_model, kind=kind, out_channels=out_channels)
-        depth, count = len(backbone.blocks), self.pyramid.num_inputs
-        self.layers = [depth * (i + 1) // count - 1 for i in range(count)]
+        self.layers = layers_of_levels(backbone, self.pyramid.num_inputs)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the maps of the pyramid for pictures (B, 3, H, W).
@@ -89,6 +105,16 @@ class PyramidBackbone(nn.Module):
         maps = self.backbone.features(images, self.layers)
         levels: tuple[Tensor, ...] = self.pyramid([one.to(images.dtype) for one in maps])
         return levels
+
+
+def layers_of_levels(backbone: Vim | DeiT, count: int) -> list[int]:
+    """Return `count` blocks, the last of each equal part of the depth; some twice when few.
+
+    With bidirectional "layer" each is the second of a pair.
+    """
+    step = backbone.blocks_per_step if isinstance(backbone, Vim) else 1
+    num_steps = len(backbone.blocks) // step
+    return [max(num_steps * (i + 1) // count, 1) * step - 1 for i in range(count)]
 
 
 class ChannelNorm(nn.Module):
@@ -111,11 +137,14 @@ def _double(channels_in: int, channels_out: int) -> nn.Module:
     return nn.ConvTranspose2d(channels_in, channels_out, kernel_size=2, stride=2)
 
 
-def _segmentation_levels(d_model: int) -> list[nn.Module]:
-    quadruple = nn.Sequential(
-        _double(d_model, d_model), nn.BatchNorm2d(d_model), nn.GELU(), _double(d_model, d_model)
-    )
-    return [quadruple, _double(d_model, d_model), nn.Identity(), nn.MaxPool2d(2)]
+def _rescale(d_model: int, stride: int, level: int) -> nn.Module:
+    """Return what takes a map from one stride to another, as the published segmentation does."""
+    if stride == 4 * level:
+        norm, activation = nn.BatchNorm2d(d_model), nn.GELU()
+        return nn.Sequential(_double(d_model, d_model), norm, activation, _double(d_model, d_model))
+    if stride == 2 * level:
+        return _double(d_model, d_model)
+    return nn.Identity() if stride == level else nn.MaxPool2d(level // stride)
 
 
 def _detection_levels(d_model: int, out_channels: int) -> list[nn.Module]:

@@ -5,7 +5,7 @@ positions (embed.py), files (weights.py), the Hub (pretrained.py).
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visionmamba.models.config import Norm, VimConfig
+from visionmamba.models.config import FeatureKind, Norm, VimConfig, kind_of_each
 from visionmamba.models.embed import (
     PatchEmbedding,
     PositionEmbedding,
@@ -25,8 +25,6 @@ from visionmamba.models.embed import (
 from visionmamba.models.mixer import BidirectionalMixer
 from visionmamba.models.pretrained import Pretrained
 from visionmamba.ops import rms_norm
-
-FeatureKind = Literal["residual", "mixer", "normed"]
 
 
 class SequenceLayout(NamedTuple):
@@ -208,7 +206,11 @@ class Vim(Pretrained):
         return self._normed_tokens(images)[0]
 
     def features(
-        self, images: Tensor, layers: Sequence[int], *, kind: FeatureKind = "residual"
+        self,
+        images: Tensor,
+        layers: Sequence[int],
+        *,
+        kind: FeatureKind | Sequence[FeatureKind] = "residual",
     ) -> list[Tensor]:
         """Return maps (B, D, h, w) after the zero-based blocks `layers`, without class tokens.
 
@@ -216,14 +218,13 @@ class Vim(Pretrained):
             images: (B, in_channels, H, W).
             layers: blocks, in any order; one map each, in the same order.
             kind: "residual": the stream with the block's output added; "normed": that after the
-                final norm; "mixer": the block's output alone.
+                final norm; "mixer": the block's output alone. One for all maps, or one for each.
 
         Raises:
             ValueError: a block that does not exist or, with bidirectional "layer", is the first of
-                a pair; an unknown kind.
+                a pair; an unknown kind, or another number of kinds than of layers.
         """
-        if kind not in ("residual", "mixer", "normed"):
-            raise ValueError(f"kind must be 'residual', 'mixer' or 'normed'; got {kind!r}")
+        kinds = kind_of_each(kind, layers)
         step = self.blocks_per_step
         valid = range(step - 1, len(self.blocks), step)
         wrong = [layer for layer in layers if layer not in valid]
@@ -233,12 +234,14 @@ class Vim(Pretrained):
             )
         branch, layout = self._embed(images)
         residual: Tensor | None = None
-        maps: dict[int, Tensor] = {}
+        maps: dict[tuple[int, FeatureKind], Tensor] = {}
+        wanted = list(zip(layers, kinds, strict=True))
         for layer in range(step - 1, max(layers, default=-1) + 1, step):
             branch, residual = self._run_step(layer // step, branch, residual, layout)
-            if layer in layers:
-                maps[layer] = self._to_map(branch, residual, layout, kind)
-        return [maps[layer] for layer in layers]
+            for each in dict.fromkeys(wanted):
+                if each[0] == layer:
+                    maps[each] = self._to_map(branch, residual, layout, each[1])
+        return [maps[each] for each in wanted]
 
     def no_weight_decay(self, *, published: bool = True) -> set[str]:
         """Return names of parameters that get no weight decay, besides biases and 1-D ones.

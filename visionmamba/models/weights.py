@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +22,14 @@ from visionmamba import __version__
 from visionmamba.models.card import model_card
 from visionmamba.models.config import VimConfig
 from visionmamba.models.deit import DeiT, DeiTConfig
+from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
 from visionmamba.models.vim import Vim
 
 METADATA_KEY = "visionmamba"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
+
+Architecture = Literal["vim", "deit", "segmenter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,46 +42,57 @@ class WeightsHeader:
     """Version of visionmamba that wrote the file."""
     task: str = "classification"
     """What the model was trained for."""
-    architecture: Literal["vim", "deit"] = "vim"
+    architecture: Architecture = "vim"
     """Which configuration class `config` is for."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of VimConfig or DeiTConfig."""
+    """Fields of VimConfig, DeiTConfig or SegmenterConfig; the `backbone` of the last holds
+    "architecture" beside its fields."""
     class_names: tuple[str, ...] = ()
     """Names of the outputs, in order; empty when unknown."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """How pictures become the model's input: image_size, crop_fraction, interpolation, mean, std,
-    channels."""
+    """How pictures become the model's input: interpolation, mean and std; for a classifier also
+    image_size, crop_fraction and channels, for a segmenter crop_size, short_side, max_long_side."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else the task needs to know; in the file only when there is any."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the file holds, as plain values."""
+        values = asdict(self)
+        if not self.details:
+            del values["details"]
+        return values
 
 
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    task: str = "classification",
+    task: str | None = None,
     class_names: tuple[str, ...] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a Vim or DeiT as safetensors, under a temporary name first, so never half.
+    """Write a Vim, DeiT or segmenter as safetensors, under a temporary name first, so never half.
 
     A path without ending, or of a folder, becomes a folder laid out for the Hub: model.safetensors,
     config.json (the header, for readers) and the model card README.md, unless there is one.
 
     Args:
-        model: a model with a VimConfig or DeiTConfig as `.config`.
+        model: a model with a VimConfig, DeiTConfig or SegmenterConfig as `.config`.
         path: NAME.safetensors or a folder; existing weights are replaced.
-        task: see WeightsHeader.
-        class_names, preprocessing: see WeightsHeader; None takes those that the model was loaded
-            with, if any.
+        task: see WeightsHeader; None is "segmentation" for a segmenter, else "classification".
+        class_names, preprocessing, details: see WeightsHeader; None takes those that the model was
+            loaded with, if any.
 
     Raises:
-        TypeError: the model is neither.
+        TypeError: the model is none of them.
         ValueError: the number of class names is not the model's number of classes, or the ending is
             another.
         FileNotFoundError: the folder does not exist.
     """
     config = getattr(model, "config", None)
-    if not isinstance(config, VimConfig | DeiTConfig):
-        raise TypeError(f"save takes a Vim or a DeiT; got {type(model).__name__}")
+    if not isinstance(config, VimConfig | DeiTConfig | SegmenterConfig):
+        raise TypeError(f"save takes a Vim, a DeiT or a segmenter; got {type(model).__name__}")
     loaded_with = getattr(model, "header", None) or WeightsHeader()
     if class_names is None:
         class_names = loaded_with.class_names
@@ -90,12 +104,14 @@ def save(
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent}; make it, then save again")
+    architecture = _architecture_of(config)
     header = WeightsHeader(
-        task=task,
-        architecture="vim" if isinstance(config, VimConfig) else "deit",
-        config=asdict(config),
+        task=task or ("segmentation" if architecture == "segmenter" else "classification"),
+        architecture=architecture,
+        config=_config_to_dict(config),
         class_names=tuple(class_names),
         preprocessing=dict(loaded_with.preprocessing if preprocessing is None else preprocessing),
+        details=dict(loaded_with.details if details is None else details),
     )
     if target.suffix == ".safetensors" and not target.is_dir():
         _write_tensors(model, header, target)
@@ -107,9 +123,9 @@ def save(
         )
     target.mkdir(exist_ok=True)
     _write_tensors(model, header, target / WEIGHTS_NAME)
-    _write_text(json.dumps(asdict(header), indent=2) + "\n", target / "config.json")
+    _write_text(json.dumps(header.to_dict(), indent=2) + "\n", target / "config.json")
     if not (target / "README.md").exists():
-        _write_text(model_card(model, asdict(header)), target / "README.md")
+        _write_text(model_card(model, header.to_dict()), target / "README.md")
 
 
 def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
@@ -141,12 +157,22 @@ def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
             f"reads up to format {FORMAT_VERSION}: pip install --upgrade visionmamba"
         )
     known = {item.name for item in fields(WeightsHeader)}
-    if set(values) != known or values["architecture"] not in ("vim", "deit"):
+    values = {"details": {}, **values}
+    is_whole = (
+        set(values) == known
+        and values["architecture"] in get_args(Architecture)
+        and isinstance(values["class_names"], list)
+        and all(isinstance(name, str) for name in values["class_names"])
+        and all(isinstance(values[name], dict) for name in ("config", "preprocessing", "details"))
+    )
+    if not is_whole:
         raise ValueError(f"{path} has a damaged visionmamba header; get it again")
     return WeightsHeader(**{**values, "class_names": tuple(values["class_names"])})
 
 
-def load(path: str | os.PathLike[str], *, device: str | torch.device = "auto") -> Vim | DeiT:
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device = "auto"
+) -> Vim | DeiT | SegmentationModel:
     """Return the model of a weights file in evaluation mode; its `.header` is a WeightsHeader.
 
     Args:
@@ -155,9 +181,12 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "auto") -
 
     Raises:
         FileNotFoundError, ValueError: as read_header, or the tensors do not fit the configuration.
+        ImportError: a segmenter's head needs visionmamba[segmentation].
     """
     header = read_header(path)
-    model = config_of(header, path).build()
+    is_segmenter = header.architecture == "segmenter"
+    config = segmenter_config_of(header, path) if is_segmenter else config_of(header, path)
+    model = config.build()
     load_strictly(model, read_tensors(path), path)
     model.header = header
     return model.eval().to(resolve_device(device))
@@ -196,21 +225,72 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def config_of(header: WeightsHeader, path: str | os.PathLike[str]) -> VimConfig | DeiTConfig:
-    """Return the configuration in a header.
+    """Return the configuration of a classifier in a header.
 
     Raises:
-        ValueError: it does not hold; the message names `path`.
+        ValueError: it does not hold, or is of a segmenter; the message names `path`.
     """
-    options: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in header.config.items()
-    }
-    config_class = VimConfig if header.architecture == "vim" else DeiTConfig
-    try:
-        return config_class(**options)
-    except (TypeError, ValueError) as error:
+    if header.architecture == "segmenter":
         raise ValueError(
-            f"{os.fspath(path)} describes a model that cannot be built: {error}"
-        ) from None
+            f"{os.fspath(path)} holds a segmenter and a classifier was wanted; load it with "
+            "visionmamba.load or Segmenter.load, or give weights of a classifier"
+        )
+    return _classifier_config(header.architecture, header.config, path)
+
+
+def segmenter_config_of(header: WeightsHeader, path: str | os.PathLike[str]) -> SegmenterConfig:
+    """Return the configuration of a segmenter in a header.
+
+    Raises:
+        ValueError: it does not hold, or is of a classifier; the message names `path`.
+    """
+    if header.architecture != "segmenter":
+        raise ValueError(
+            f"{os.fspath(path)} holds a classifier and a segmenter was wanted; start a segmenter's "
+            "backbone from it with visionmamba.models.load_backbone, and train that"
+        )
+    options = dict(header.config)
+    held = options.get("backbone")
+    architecture = held.get("architecture") if isinstance(held, dict) else None
+    if not isinstance(held, dict) or architecture not in ("vim", "deit"):
+        raise ValueError(f"{os.fspath(path)} has a damaged visionmamba header; get it again")
+    backbone = {name: value for name, value in held.items() if name != "architecture"}
+    options["backbone"] = _classifier_config(architecture, backbone, path)
+    try:
+        return SegmenterConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise _unbuildable(path, error) from None
+
+
+def _classifier_config(
+    architecture: str, options: Mapping[str, Any], path: str | os.PathLike[str]
+) -> VimConfig | DeiTConfig:
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in options.items()
+    }
+    config_class = VimConfig if architecture == "vim" else DeiTConfig
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise _unbuildable(path, error) from None
+
+
+def _unbuildable(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(f"{os.fspath(path)} describes a model that cannot be built: {error}")
+
+
+def _config_to_dict(config: VimConfig | DeiTConfig | SegmenterConfig) -> dict[str, Any]:
+    values = asdict(config)
+    if isinstance(config, SegmenterConfig):
+        architecture = _architecture_of(config.backbone)
+        values["backbone"] = {"architecture": architecture, **values["backbone"]}
+    return values
+
+
+def _architecture_of(config: VimConfig | DeiTConfig | SegmenterConfig) -> Architecture:
+    if isinstance(config, SegmenterConfig):
+        return "segmenter"
+    return "vim" if isinstance(config, VimConfig) else "deit"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -278,7 +358,7 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
 def _write_tensors(model: nn.Module, header: WeightsHeader, target: Path) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     with _replacing(target) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(asdict(header))})
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header.to_dict())})
 
 
 def _write_text(text: str, target: Path) -> None:

@@ -1,8 +1,7 @@
-"""Recipe: everything that decides the result of a classification run."""
+"""TaskRecipe: what recipes of all tasks share; Recipe: all that decides a classification run."""
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 from visionmamba.data import (
     Augmentation,
@@ -11,6 +10,7 @@ from visionmamba.data import (
     ImageSplits,
     Mixing,
     Preprocessing,
+    SegmentationSplits,
     TrainBatches,
 )
 from visionmamba.models import DeiT, DeiTConfig, Vim, VimConfig
@@ -18,39 +18,26 @@ from visionmamba.models.hub import find_weights
 from visionmamba.models.weights import config_of, load_strictly, read_header, read_tensors
 from visionmamba.tasks import ClassificationTask
 from visionmamba.training import Experiment, OptimizerConfig, Precision
+from visionmamba.training.experiment import Batches, EpochBatches, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A run: data, model, preparation, optimizer. Two equal recipes give equal weights on a CPU."""
+class TaskRecipe:
+    """What a run of any task says of its steps, their arithmetic and its records."""
 
     name: str
     """Name of the recipe."""
-    data: DataSource
-    """What to learn from."""
-    model: VimConfig | DeiTConfig
-    """What learns; its num_classes is taken from the data."""
-    preprocessing: Preprocessing
-    """How pictures become the model's input; also kept in the weights file."""
-    augmentation: Augmentation
-    """Random changes of the training pictures."""
     optimizer: OptimizerConfig
     """How it learns."""
     epochs: int
-    """Passes over the training pictures."""
+    """Epochs of the run, each of which ends with a validation."""
     batch_size: int
     """Pictures of an optimizer step, over all devices and passes."""
     device_batch_size: int | None = None
     """Pictures that one device takes at once, in training and in validation; None gives each its
-    share of batch_size. With less, several passes make a step. Changes no more than rounding."""
-    weights: Path | str | None = None
-    """Weights to start from: a file or folder of this package, the authors' .pth, or a published
-    name. They are fitted to the model: another number of classes gets a new head, another image
-    size or stride a resized position embedding."""
-    mixing: Mixing = field(default_factory=Mixing)
-    """Mixup and CutMix of the training batches."""
-    label_smoothing: float = 0.1
-    """Share of the target spread over all classes."""
+    share of batch_size. With less, several passes make a step, which is the same but for rounding
+    and for what each pass does on its own: it draws mixing, dropout and drop path, and in
+    segmentation takes the mean loss over its own labelled pixels and has its own batch norms."""
     ema_decay: float | None = None
     """Decay a step of a moving average of the weights, which is judged and kept beside them; None
     keeps none."""
@@ -74,9 +61,88 @@ class Recipe:
             )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        if _pair(self.model.image_size) != self.preprocessing.size:
+
+    def shares(self, num_devices: int) -> tuple[int, int]:
+        """Returns pictures of a device's pass and passes of a step.
+
+        Raises:
+            ValueError: they do not make up batch_size.
+        """
+        if self.device_batch_size is None:
+            if self.batch_size % num_devices:
+                raise ValueError(
+                    f"batch_size={self.batch_size} cannot be shared equally by {num_devices} "
+                    f"devices; make it a multiple of {num_devices}"
+                )
+            return self.batch_size // num_devices, 1
+        at_once = self.device_batch_size * num_devices
+        if self.batch_size % at_once:
             raise ValueError(
-                f"model.image_size {_pair(self.model.image_size)} and preprocessing.image_size "
+                f"batch_size={self.batch_size} is no multiple of {at_once}, which {num_devices} "
+                f"devices take at once with device_batch_size={self.device_batch_size}; change one "
+                "of them"
+            )
+        return self.device_batch_size, self.batch_size // at_once
+
+    def _experiment(
+        self,
+        *,
+        task: Task,
+        train_batches: EpochBatches,
+        val_batches: Batches,
+        passes_per_step: int,
+        splits: ImageSplits | SegmentationSplits,
+    ) -> Experiment:
+        """Returns what the training loop asks for, with the parts that a task decides."""
+        return Experiment(
+            task=task,
+            train_batches=train_batches,
+            val_batches=val_batches,
+            optimizer=self.optimizer,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            passes_per_step=passes_per_step,
+            ema_decay=self.ema_decay,
+            compile_blocks=self.compile,
+            precision=self.precision,
+            log_every_steps=self.log_every_steps,
+            data_summary={
+                "train_images": len(splits.train),
+                "val_images": len(splits.val),
+                "class_names": list(splits.train.class_names),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TaskRecipe):
+    """A run: data, model, preparation, optimizer. Two equal recipes give equal weights on a CPU.
+
+    An epoch is a pass over the training pictures.
+    """
+
+    data: DataSource
+    """What to learn from."""
+    model: VimConfig | DeiTConfig
+    """What learns; its num_classes is taken from the data."""
+    preprocessing: Preprocessing
+    """How pictures become the model's input; also kept in the weights file."""
+    augmentation: Augmentation
+    """Random changes of the training pictures."""
+    weights: Path | str | None = None
+    """Weights to start from: a file or folder of this package, the authors' .pth, or a published
+    name. They are fitted to the model: another number of classes gets a new head, another image
+    size or stride a resized position embedding."""
+    mixing: Mixing = field(default_factory=Mixing)
+    """Mixup and CutMix of the training batches."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if pair_of(self.model.image_size) != self.preprocessing.size:
+            raise ValueError(
+                f"model.image_size {pair_of(self.model.image_size)} and preprocessing.image_size "
                 f"{self.preprocessing.size} must be equal; set both"
             )
         if self.model.in_channels != self.preprocessing.num_channels:
@@ -103,7 +169,7 @@ class Recipe:
         splits = self.data.build()
         class_names = splits.train.class_names
         config = replace(self.model, num_classes=len(class_names))
-        return Experiment(
+        return self._experiment(
             task=ClassificationTask(
                 config.build() if self.weights is None else _start_from(self.weights, config),
                 class_names=class_names,
@@ -130,38 +196,9 @@ class Recipe:
                 rank=rank,
                 num_ranks=num_ranks,
             ),
-            optimizer=self.optimizer,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
             passes_per_step=passes,
-            ema_decay=self.ema_decay,
-            compile_blocks=self.compile,
-            precision=self.precision,
-            log_every_steps=self.log_every_steps,
-            data_summary=_summary(splits),
+            splits=splits,
         )
-
-    def shares(self, num_devices: int) -> tuple[int, int]:
-        """Returns pictures of a device's pass and passes of a step.
-
-        Raises:
-            ValueError: they do not make up batch_size.
-        """
-        if self.device_batch_size is None:
-            if self.batch_size % num_devices:
-                raise ValueError(
-                    f"batch_size={self.batch_size} cannot be shared equally by {num_devices} "
-                    f"devices; make it a multiple of {num_devices}"
-                )
-            return self.batch_size // num_devices, 1
-        at_once = self.device_batch_size * num_devices
-        if self.batch_size % at_once:
-            raise ValueError(
-                f"batch_size={self.batch_size} is no multiple of {at_once}, which {num_devices} "
-                f"devices take at once with device_batch_size={self.device_batch_size}; change one "
-                "of them"
-            )
-        return self.device_batch_size, self.batch_size // at_once
 
 
 def _start_from(weights: Path | str, config: VimConfig | DeiTConfig) -> Vim | DeiT:
@@ -187,13 +224,6 @@ def _start_from(weights: Path | str, config: VimConfig | DeiTConfig) -> Vim | De
     return model
 
 
-def _summary(splits: ImageSplits) -> dict[str, Any]:
-    return {
-        "train_images": len(splits.train),
-        "val_images": len(splits.val),
-        "class_names": list(splits.train.class_names),
-    }
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair_of(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Returns (height, width) of a size whose sides may be given as one."""
     return (size, size) if isinstance(size, int) else size

@@ -3,6 +3,14 @@
 from visionmamba.tasks.classification import ClassificationTask
 from visionmamba.tasks.classifier import Classification, Classifier
 from visionmamba.tasks.evaluation import ClassResult, Evaluation, evaluate
+from visionmamba.tasks.segmentation import PixelScores, SegmentationTask
+from visionmamba.tasks.segmentation_evaluation import (
+    SegmentationClassResult,
+    SegmentationEvaluation,
+    evaluate_segmentation,
+)
+from visionmamba.tasks.segmenter import Segmentation, Segmenter
+from visionmamba.tasks.sliding import Inference
 
 __all__ = [
     "ClassResult",
@@ -10,5 +18,13 @@ __all__ = [
     "ClassificationTask",
     "Classifier",
     "Evaluation",
+    "Inference",
+    "PixelScores",
+    "Segmentation",
+    "SegmentationClassResult",
+    "SegmentationEvaluation",
+    "SegmentationTask",
+    "Segmenter",
     "evaluate",
+    "evaluate_segmentation",
 ]

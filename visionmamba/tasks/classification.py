@@ -18,6 +18,7 @@ class ClassificationTask(nn.Module):
 
     metric_names = ("val_loss", "val_accuracy", "val_top5_accuracy")
     monitor = "val_accuracy"
+    validates_evenly = True
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from visionmamba.models.deit import DeiT
 from visionmamba.models.hub import find_weights
 from visionmamba.models.published import load_published
 from visionmamba.models.published_file import Which
+from visionmamba.models.segmentation import SegmentationModel
 from visionmamba.models.vim import Vim
 from visionmamba.models.weights import (
     METADATA_KEY,
@@ -164,7 +165,7 @@ class Classifier:
                     f"{where} was trained for {task}, wanted {TASK_NAME}; use the predictor of "
                     "that task"
                 )
-            model: Vim | DeiT = load(path, device=device)
+            model: Vim | DeiT | SegmentationModel = load(path, device=device)
         else:
             model = load_published(path, which=which)
         header = model.header
@@ -179,7 +180,15 @@ class Classifier:
                 "save it with visionmamba.save(..., preprocessing=...)"
             )
         names = header.class_names or tuple(map(str, range(model.config.num_classes)))
-        preprocessing = Preprocessing.from_dict(header.preprocessing)
+        if len(names) != model.config.num_classes:
+            raise ValueError(
+                f"{where} names {len(names)} classes, and its model has "
+                f"{model.config.num_classes}; get it again"
+            )
+        try:
+            preprocessing = Preprocessing.from_dict(header.preprocessing)
+        except ValueError as error:
+            raise ValueError(f"{where} has a damaged header ({error}); get it again") from None
         return cls(model, preprocessing=preprocessing, class_names=names, device=device)
 
     @overload

@@ -1,10 +1,15 @@
-"""The picture of a confusion matrix, for ten classes as for a thousand; pillow only."""
+"""The files of an evaluation, with the picture of its matrix for ten classes as for a thousand."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from visionmamba.tasks.files import csv_text, replace_file
 
 _NUM_LABELLED = 40
 _SIDE_PX = 880
@@ -13,6 +18,38 @@ _TITLE_PX = 26
 _MAX_NAME_LENGTH = 24
 _FONT_PX = 12
 _DARKEST = np.array([8.0, 48.0, 107.0])
+
+
+def write_evaluation(
+    folder: str | Path,
+    values: Mapping[str, Any],
+    per_class: Sequence[Sequence[object]],
+    *,
+    confusion: NDArray[np.int64],
+    class_names: Sequence[str],
+) -> Path:
+    """Writes evaluation.json, per_class.csv, confusion.csv and confusion.png.
+
+    Args:
+        folder: made when missing; files of the same names are replaced.
+        values: of evaluation.json, ready for JSON.
+        per_class: rows of per_class.csv, its heading first.
+        confusion: (classes, classes), true classes down, predicted ones across.
+        class_names: one a row.
+
+    Returns:
+        The path of evaluation.json.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "per_class.csv", csv_text(per_class))
+    matrix: list[Sequence[object]] = [("class", *class_names)]
+    matrix += [(name, *row.tolist()) for name, row in zip(class_names, confusion, strict=True)]
+    replace_file(folder / "confusion.csv", csv_text(matrix))
+    replace_file(folder / "confusion.png", draw_confusion(confusion, class_names))
+    target = folder / "evaluation.json"
+    replace_file(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    return target
 
 
 def draw_confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Image.Image:

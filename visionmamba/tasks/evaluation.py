@@ -1,8 +1,5 @@
 """How well a classifier does on labelled pictures: accuracies, mix-ups and speed."""
 
-import csv
-import io
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -20,8 +17,7 @@ from visionmamba.data.sets import OnUnreadable, Split
 from visionmamba.models.published_file import Which
 from visionmamba.tasks.classification import hits
 from visionmamba.tasks.classifier import Classifier
-from visionmamba.tasks.confusion import draw_confusion
-from visionmamba.tasks.files import replace_file
+from visionmamba.tasks.confusion import write_evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,24 +103,14 @@ class Evaluation:
         Returns:
             The path of evaluation.json.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         table: list[Sequence[object]] = [("class", "images", "accuracy", "taken_for")]
         table += [
             (one.name, one.num_images, round(one.accuracy, 6), one.taken_for or "")
             for one in self.classes()
         ]
-        replace_file(folder / "per_class.csv", _csv(table))
-        matrix: list[Sequence[object]] = [("class", *self.class_names)]
-        matrix += [
-            (name, *row.tolist())
-            for name, row in zip(self.class_names, self.confusion, strict=True)
-        ]
-        replace_file(folder / "confusion.csv", _csv(matrix))
-        replace_file(folder / "confusion.png", draw_confusion(self.confusion, self.class_names))
-        target = folder / "evaluation.json"
-        replace_file(target, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
-        return target
+        return write_evaluation(
+            folder, self.to_dict(), table, confusion=self.confusion, class_names=self.class_names
+        )
 
 
 def evaluate(
@@ -178,7 +164,7 @@ def evaluate(
     images = open_images(data, split=split, on_unreadable=on_unreadable, max_pixels=max_pixels)
     if images.class_names != classifier.class_names:
         raise ValueError(
-            _class_difference(weights, data, classifier.class_names, images.class_names)
+            class_difference(weights, data, classifier.class_names, images.class_names)
         )
     batches = EvalBatches(
         images, preprocessing.build(), batch_size=batch_size, num_workers=num_workers
@@ -194,9 +180,9 @@ def evaluate(
     ):
         for batch in batches:
             inputs = batch.images.to(on)
-            before = _clock(on)
+            before = clock(on)
             logits = classifier.model(inputs).float()
-            model_seconds.append(_clock(on) - before)
+            model_seconds.append(clock(on) - before)
             judged = (batch.labels, logits.argmax(dim=-1).cpu(), *hits(logits.cpu(), batch.labels))
             rows.append(torch.stack(judged, dim=1)[batch.labels != PADDING])
     seconds = time.perf_counter() - started
@@ -235,21 +221,17 @@ def _confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> NDArray[n
     return matrix
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
+    """Returns seconds of a clock, once all that the device was asked for is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def _class_difference(
-    weights: str | os.PathLike[str], data: str | Path, ours: Sequence[str], theirs: Sequence[str]
+def class_difference(
+    weights: str | os.PathLike[str], data: object, ours: Sequence[str], theirs: Sequence[str]
 ) -> str:
+    """Returns the sentence for weights and data whose classes are not the same."""
     missing = sorted(set(theirs) - set(ours)) or sorted(set(ours) - set(theirs))
     example = f" (for example {missing[0]})" if missing else " (their order differs)"
     return (

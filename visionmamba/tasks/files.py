@@ -1,6 +1,9 @@
 """Results on disk: texts and pictures that are there whole or not at all."""
 
+import csv
+import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -28,3 +31,10 @@ def plain_name(name: str) -> str:
     if not name or any(sign in name for sign in "/\\\0"):
         raise ValueError(f"a name of files must be plain, without folders, got {name!r}")
     return name
+
+
+def csv_text(rows: Sequence[Sequence[object]]) -> str:
+    """Returns rows as comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

@@ -5,12 +5,15 @@ longer one. What is done with them is segmentation.py's and segmenter.py's busin
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from visionmamba.data import BatchTooLargeError, explain_out_of_memory
 
 Mode = Literal["whole", "slide"]
 
@@ -58,11 +61,20 @@ class Inference:
         """Returns what `to_dict` described; what is missing has its default.
 
         Raises:
-            ValueError: a key is unknown or a value is out of range.
+            ValueError: a key is unknown, or a value is of another type or out of range.
         """
         known = [one.name for one in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"inference knows {', '.join(known)}; got {', '.join(unknown)}")
+        for name, value in values.items():
+            if name == "scales":
+                is_right = isinstance(value, list | tuple) and all(
+                    type(scale) in (int, float) for scale in value
+                )
+            else:
+                is_right = type(value) is type(getattr(cls, name))
+            if not is_right:
+                raise ValueError(f"{name} is of the wrong type: {value!r}")
         options = dict(values)
         if "scales" in options:
             options["scales"] = tuple(float(scale) for scale in options["scales"])
@@ -154,6 +166,36 @@ def predict_labels(
     return labels
 
 
+@contextmanager
+def explain_large_picture(
+    inference: Inference, size: tuple[int, int], *, num_images: int = 1
+) -> Iterator[None]:
+    """Turns running out of memory over pictures of (height, width) into one sentence.
+
+    Raises:
+        BatchTooLargeError: the body ran out of memory on a GPU or on the CPU.
+    """
+    try:
+        with explain_out_of_memory(inference.num_windows):
+            yield
+    except BatchTooLargeError as error:
+        height, width = size
+        if num_images > 1:
+            raise BatchTooLargeError(
+                f"{num_images} pictures of {height}x{width} pixels do not fit into memory at once; "
+                "lower batch_size, on the command line --batch-size"
+            ) from error
+        if inference.mode == "whole":
+            raise BatchTooLargeError(
+                f"a picture of {height}x{width} pixels does not fit into memory in one pass; go "
+                'over it in windows: Inference(mode="slide"), on the command line --mode slide'
+            ) from error
+        raise BatchTooLargeError(
+            f"{inference.num_windows} windows of {inference.crop_size} pixels of a picture of "
+            f"{height}x{width} do not fit into memory; lower num_windows or crop_size"
+        ) from error
+
+
 class _View:
     """The scores of one scale of a picture, whose rows must be asked for from first to last.
 
@@ -194,12 +236,13 @@ class _View:
             _coverage(lefts, self._crop[1], self.across).to(device),
         )
         self._group = max(1, inference.num_windows // len(images))
+        self._at_once = len(images) if is_whole else inference.num_windows
         self._num_done = 0  # rows of windows
         self._first = 0  # row that the sums begin with
         self._sums: Tensor | None = None  # (B, K, rows, across)
 
     def take(self, start: int, stop: int) -> Tensor:
-        """Returns the mean scores of some rows, (B, K, stop - start, across); drops those before."""
+        """Returns mean scores of some rows, (B, K, stop - start, across); drops those before."""
         while self._num_done < len(self._tops) and self._tops[self._num_done] < stop:
             self._forget(min(start, self._tops[self._num_done]))
             self._add_windows(self._tops[self._num_done])
@@ -214,7 +257,7 @@ class _View:
 
     def _forget(self, start: int) -> None:
         if self._sums is not None and start > self._first:
-            self._sums = self._sums[:, :, start - self._first :]  # freed by the next copy
+            self._sums = self._sums[:, :, start - self._first :]
             self._first = start
 
     def _add_windows(self, top: int) -> None:
@@ -222,7 +265,10 @@ class _View:
         for number in range(0, len(self._lefts), self._group):
             lefts = self._lefts[number : number + self._group]
             windows = torch.cat([self._window(top, left) for left in lefts])
-            scores = self._run(windows.to(self._device)).chunk(len(lefts))
+            parts = [
+                self._run(part.to(self._device)) for part in torch.split(windows, self._at_once)
+            ]
+            scores = (parts[0] if len(parts) == 1 else torch.cat(parts)).chunk(len(lefts))
             if len(self._tops) == len(self._lefts) == 1:
                 self._sums = scores[0]
                 return
@@ -233,12 +279,14 @@ class _View:
 
     def _reach(self, stop: int, like: Tensor) -> Tensor:
         """Returns the sums, with rows of zeros for those up to `stop` that are not there yet."""
-        num_images, num_classes = like.shape[:2]
-        num_held = 0 if self._sums is None else self._sums.shape[2]
-        num_missing = stop - self._first - num_held
-        if self._sums is None or num_missing > 0:
-            zeros = like.new_zeros(num_images, num_classes, num_missing, self.across)
-            self._sums = zeros if self._sums is None else torch.cat([self._sums, zeros], dim=2)
+        num_rows = stop - self._first
+        if self._sums is not None and self._sums.shape[2] >= num_rows:
+            return self._sums
+        kept = None if self._sums is None else self._sums.clone()
+        self._sums = None  # what is forgotten is freed before more is asked for
+        self._sums = like.new_zeros(*like.shape[:2], num_rows, self.across)
+        if kept is not None:
+            self._sums[:, :, : kept.shape[2]] = kept
         return self._sums
 
     def _window(self, top: int, left: int) -> Tensor:

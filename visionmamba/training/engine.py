@@ -20,7 +20,7 @@ from visionmamba.data import derive_seed
 from visionmamba.training.average import MovingAverage
 from visionmamba.training.backbone import blocks_of
 from visionmamba.training.experiment import Experiment, NonFiniteError
-from visionmamba.training.graphs import graph_forward
+from visionmamba.training.graphs import can_be_recorded, graph_forward
 from visionmamba.training.metrics import ClassValues
 from visionmamba.training.sharding import local, shard, whole
 from visionmamba.training.stopping import StopRequest
@@ -29,6 +29,7 @@ from visionmamba.training.world import World
 STATE_KEY = "visionmamba"
 """Entry of a checkpoint that holds the state of the run beside that of the model."""
 
+_MAX_PICTURES = 20  # of a run, spread over its epochs; they are large
 _STEP_RANDOMNESS = 2  # a purpose of derive_seed; data/ uses 0 and 1
 _REMEDY = "lower optimizer.lr, or set optimizer.clip_norm"
 
@@ -65,7 +66,7 @@ class Engine(lightning.LightningModule):
         self._batch: Any = None
         self._sums: dict[str, Tensor] = {}
         self.picture: Image.Image | None = None
-        """What the task draws of the first validation batch of this process, if it does."""
+        """What the task draws of the first validation batch of this process, if it is kept."""
         self.step_values: dict[str, float] = {}
         """train_loss (mean over passes and processes), gradient_norm and lr of the last step."""
 
@@ -110,8 +111,7 @@ class Engine(lightning.LightningModule):
     @override
     def on_train_start(self) -> None:
         self.begin_average()
-        talks = any(isinstance(one, nn.SyncBatchNorm) for one in self._task.model.modules())
-        if self._uses_graphs and not talks:
+        if self._uses_graphs and can_be_recorded(self._task.model):
             self._undo_graphs = graph_forward(
                 self._task.model,
                 copies_gradients=self._world.size > 1 or self._experiment.passes_per_step > 1,
@@ -196,7 +196,7 @@ class Engine(lightning.LightningModule):
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
-            self.picture = self._task.draw(batch)  # sharded models need every process for it
+            self.picture = self._task.draw(batch) if self._draws() else None
         self._add("", self._task.validation_sums(batch))
         if self.average is not None:
             with self.average.in_model():
@@ -217,6 +217,10 @@ class Engine(lightning.LightningModule):
                 row = classes.setdefault(name, {})
                 row |= {f"{metric}{ending}": value for metric, value in of_class.items()}
         return metrics, classes
+
+    def _draws(self) -> bool:
+        is_kept = keeps_picture(self.current_epoch + 1, self._experiment.epochs)
+        return is_kept and (self._world.is_main or self._is_sharded)  # sharded models need all
 
     def _add(self, ending: str, sums: Tensor) -> None:
         sums = sums.double()
@@ -273,6 +277,11 @@ class Engine(lightning.LightningModule):
         bad = [(~torch.isfinite(local(tensor)).all()).float() for tensor in named.values()]
         counts = self._world.sum(torch.stack(bad)).tolist()
         return next((name for name, count in zip(named, counts, strict=True) if count), None)
+
+
+def keeps_picture(epoch: int, epochs: int) -> bool:
+    """Returns whether a run keeps the picture of an epoch: the last, and some before it."""
+    return epoch == epochs or epoch % -(-epochs // _MAX_PICTURES) == 0
 
 
 def _rescale_passes(checkpoint: dict[str, Any], former: int, current: int) -> None:

@@ -30,6 +30,10 @@ class Task(Protocol):
     def monitor(self) -> str:
         """The metric by which the best weights are chosen; higher is better."""
 
+    @property
+    def validates_evenly(self) -> bool:
+        """Whether validation runs the model equally often on each process, as sharding needs."""
+
     def training_loss(self, batch: Any) -> Tensor:
         """Returns the scalar loss of a batch."""
 
@@ -46,7 +50,10 @@ class Task(Protocol):
         """
 
     def draw(self, batch: Any) -> Image.Image | None:
-        """Returns a picture of what the model makes of a validation batch, or None."""
+        """Returns a picture of what the model makes of a validation batch, or None.
+
+        Runs the model equally often for any batch where `validates_evenly`.
+        """
 
     def save_weights(self, path: Path) -> None:
         """Writes the model's weights with all that its predictor needs."""

@@ -115,13 +115,14 @@ def fit(
         devices: processes of each machine, one a device; a launcher's number is taken by itself.
         nodes: machines; a launcher's number is taken by itself.
         strategy: how several processes share the work: "ddp" gives each the whole model, "fsdp"
-            shards weights, gradients and optimizer (FSDP2). "auto" is "ddp".
+            shards weights, gradients and optimizer (FSDP2), where validation runs the model
+            equally often on each process. "auto" is "ddp".
         num_workers: processes that prepare images beside each of these; changes no result.
         checkpoint_every_steps: steps between checkpoints, beside the one after each epoch.
         cuda_graphs: on GPUs record forward and backward once and replay them, which spares the
-            host some 900 launches a step; no effect with "fsdp", torch.compile, or where batch
-            norms are synchronised over several GPUs. Off, as the training loop has not been
-            measured with it yet.
+            host some 900 launches a step; no effect with "fsdp", torch.compile, batch norms
+            synchronised over several GPUs, or sequences flipped at random. Off, as the training
+            loop has not been measured with it yet.
         progress: show a bar.
         command: how to repeat the run, for results.json; by default the process's command line.
 
@@ -148,6 +149,12 @@ def fit(
     identity = identity_of(recipe, experiment)
     if (out / RESULTS).exists():
         return _finished(out, identity)
+    if strategy == "fsdp" and world.size > 1 and not experiment.task.validates_evenly:
+        raise ValueError(
+            'strategy "fsdp" needs a validation that runs the model equally often on each process, '
+            "which windows over pictures of any size do not: --inference.mode whole, or "
+            "--strategy ddp"
+        )
     _require_lightning()
     is_new = not (out / CHECKPOINT).exists()
     is_own_folder = world.is_main and not out.exists()

@@ -62,6 +62,18 @@ def graph_forward(model: nn.Module, *, copies_gradients: bool) -> Callable[[], N
     return undo
 
 
+def can_be_recorded(model: nn.Module) -> bool:
+    """Return whether replays would do all that the model does.
+
+    They would not repeat what the host decides anew at each call (a sequence flipped at random),
+    nor wait for other processes' batch norms.
+    """
+    return not any(
+        isinstance(module, nn.SyncBatchNorm) or getattr(module, "flips_at_random", False)
+        for module in model.modules()
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Recording:
     """Both graphs and the tensors that they read and write."""

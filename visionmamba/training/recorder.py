@@ -24,8 +24,6 @@ from visionmamba.training.sharding import whole_state
 from visionmamba.training.stopping import Interrupted, StopRequest
 from visionmamba.training.world import World
 
-_MAX_PICTURES = 20  # of a run, spread over its epochs; they are large
-
 
 class Recorder(lightning.Callback):
     """Writes metrics, weights and checkpoints of a run into its folder, from the main process.
@@ -130,7 +128,7 @@ class Recorder(lightning.Callback):
         if self._classes is not None and classes:
             step, epoch = trainer.global_step, trainer.current_epoch + 1
             self._classes.append(classes, step=step, epoch=epoch)
-        if engine.picture is not None:
+        if engine.picture is not None and self._world.is_main:
             self._write_picture(trainer, engine.picture)
         self._gather_unreadable()
         num_unreadable = sum(map(len, self.unreadable.values()))
@@ -197,8 +195,6 @@ class Recorder(lightning.Callback):
 
     def _write_picture(self, trainer: lightning.Trainer, picture: Image.Image) -> None:
         epoch = trainer.current_epoch + 1
-        if not (self._world.is_main and keeps_picture(epoch, self._experiment.epochs)):
-            return
         picture = picture.convert("RGB")
         (self._out / PICTURES).mkdir(exist_ok=True)
         png = io.BytesIO()
@@ -237,8 +233,3 @@ class Recorder(lightning.Callback):
     def _stop_if_asked(self) -> None:
         if self._stop.is_agreed:
             raise Interrupted
-
-
-def keeps_picture(epoch: int, epochs: int) -> bool:
-    """Returns whether a run keeps the picture of an epoch: the last, and some before it."""
-    return epoch == epochs or epoch % -(-epochs // _MAX_PICTURES) == 0

@@ -17,8 +17,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Whether Ctrl-C or a termination signal has asked to stop.
 
-    A second one stops a process that is alone at once; several, whose launcher may repeat it, go on
-    to the end of the step.
+    A second Ctrl-C stops a process that is alone at once; several, whose launcher may repeat it, go
+    on to the end of the step. A termination signal may always be repeated, as timeout does.
     """
 
     def __init__(self, *, num_processes: int = 1) -> None:
@@ -58,6 +58,6 @@ class StopRequest:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_made and self._is_alone:
+        if self.is_made and self._is_alone and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.is_made = True

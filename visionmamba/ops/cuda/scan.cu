@@ -323,9 +323,9 @@ __device__ __forceinline__ float2 pair_of(const float *p, int channel, bool vali
   const float2 v = *(const float2 *)(p + channel);
   return make_float2(v.x * scale, v.y * scale);
 }
-// A warp's turn in a ring begins when the warp before has handed over the state and the warp after has read the slot that
-// this turn writes: both arrive at its barrier. compute-sanitizer's racecheck does not follow bar.arrive; for it the same
-// turns can be taken at mbarriers, which are slower.
+// A warp's turn in a ring begins when the warp before has handed over the state. The slot that the turn writes was read by
+// the warp after before it handed on, so round the ring before this turn. compute-sanitizer's racecheck follows neither
+// bar.arrive nor such a chain: for it the turns can be taken at mbarriers, at which the reader arrives too, but slower.
 #ifdef TURNS_BY_MBARRIER
 __device__ __forceinline__ u32 turn_address(int barrier) {
   __shared__ unsigned long long turns[16];
@@ -344,10 +344,12 @@ __device__ __forceinline__ void wait_for_turn(int barrier, int number) {
 __device__ __forceinline__ void arrive_at(int barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(turn_address(barrier)) : "memory");
 }
+__device__ __forceinline__ void release_slot(int barrier) { arrive_at(barrier); }
 #else
 __device__ __forceinline__ void begin_turns() {}
-__device__ __forceinline__ void wait_for_turn(int barrier, int) { asm volatile("bar.sync %0, 96;" ::"r"(barrier) : "memory"); }
-__device__ __forceinline__ void arrive_at(int barrier) { asm volatile("bar.arrive %0, 96;" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void wait_for_turn(int barrier, int) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void arrive_at(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void release_slot(int) {}
 #endif
 
 // Number of this thread's warp, known to be the same in all its lanes.
@@ -403,7 +405,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
   }
   const bool always = p.chunk_length > 0;
   int turn = w == 0 ? -1 : 0, left = length - 8 * w;
-  if (w >= 2 && left > -8) arrive_at(barrier + previous);  // nothing is in the slot yet
+  if (w >= 2 && left > -8) release_slot(barrier + previous);  // nothing is in the slot yet
   Group<T, RANK, SOFTPLUS> group;
   float a[8][2][4];
   group.prepare(raw, weights, bias, left, l);
@@ -427,7 +429,7 @@ __device__ __forceinline__ void scan_forward(const Problem &p) {
     }
     h.store(slot[next], l.lane);
     if (left > 8) arrive_at(barrier + next);
-    if (left > 8 * (WARPS - 1)) arrive_at(barrier + previous);
+    if (left > 8 * (WARPS - 1)) release_slot(barrier + previous);
     // y of this turn and the decays of the next. The branch, always taken, keeps the assembler from beginning with y in the
     // turn, where others wait.
     if (always) {
@@ -707,7 +709,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
     if (d.dlast_state != nullptr)
       G.load_rows(d.dlast_state + ((i64)at.batch * p.channels + at.channel) * 16, l.t, true, 1.f);
   }
-  if (RING && w < WARPS - 2) arrive_at(1 + previous);  // nothing is in the slot yet
+  if (RING && w < WARPS - 2) release_slot(1 + previous);  // nothing is in the slot yet
   int turn = w < WARPS - 1 ? 0 : -1;  // negative: no other warp has had the adjoint state
   int buffer = 0;
 #pragma unroll 1
@@ -835,7 +837,7 @@ __device__ __forceinline__ void scan_backward(const Problem &p) {
       if (RING && group_number > 0) {
         G.store(slot[next], l.lane);
         arrive_at(1 + next);
-        if (group_number >= STEP - 1) arrive_at(1 + previous);
+        if (group_number >= STEP - 1) release_slot(1 + previous);
       }
       dB.add_rows(drow + p.rank, four_row, left, l);
     }

@@ -1,0 +1,295 @@
+"""Vim against DeiT under the same rules: from drawn weights, and after the same minutes of lessons.
+
+Both get the same data, augmentation, epochs and learning rates, and each its best rate.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from visionmamba.models import DeiTConfig, VimConfig
+from visionmamba.recipes.digits import digits_deit
+from visionmamba.recipes.recipe import Recipe
+from visionmamba.recipes.scratch import vim_tiny_folder
+from visionmamba.recipes.segmentation import SegmentationRecipe
+from visionmamba.studies.jobs import AnyRecipe, Job, Outcome
+from visionmamba.studies.pool import TrainingPool
+from visionmamba.studies.settings import StudySettings, Task
+from visionmamba.studies.study import RunOptions, Study, Variant, alone_in
+from visionmamba.training.checkpoint import replace_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from visionmamba.studies.results import StudyResult
+
+# arXiv 2401.09417, tables 1 and 2: ImageNet-1k top-1; ADE20K mIoU from ImageNet weights
+_PAPER: dict[Task, tuple[str, dict[str, str]]] = {
+    "classification": ("ImageNet top-1", {"Vim-Ti": "76.1", "DeiT-Ti": "72.2"}),
+    "segmentation": ("ADE20K mIoU", {"Vim-Ti": "41.0", "DeiT-Ti": "39.2"}),
+}
+_HEAD_CHANNELS = 64
+_PRETRAINED_DIVISOR = 5  # of the learning rates, as in `vim_camvid` with weights
+_EPOCHS_FILE = "epochs.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneComparison(StudySettings):
+    """Train a Vim and a DeiT of the same width under the same rules and compare them.
+
+    For segmentation, with UperNet on both; with --pretraining-data also from weights that both get
+    from the same minutes of classification, which are spent first; these variants are trained at a
+    fifth of the learning rates.
+    """
+
+    name: ClassVar[str] = "backbone"
+
+    pretraining_data: Path | None = None
+    """Segmentation: a folder with train/ and val/ of class folders that both backbones learn first;
+    None compares them from drawn weights alone."""
+    pretraining_minutes: float = 3.0
+    """Minutes of classification; as many epochs as each backbone can do in them beside the other,
+    by the time of one."""
+    pretraining_epochs: int | None = None
+    """Epochs of classification for both, instead of minutes."""
+    pretraining_image_size: int = 160
+    """Side in pixels of the pictures in classification."""
+    pretraining_lr: float = 1e-3
+    """Peak learning rate of classification."""
+    pretraining_batch_size: int = 256
+    """Pictures of a step in classification."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task == "classification" and self.pretraining_data is not None:
+            raise ValueError("pretraining_data is for --task segmentation; leave it out")
+        if not 0 < self.pretraining_minutes < math.inf:
+            raise ValueError(
+                f"pretraining_minutes must be positive; got {self.pretraining_minutes}"
+            )
+        if self.pretraining_epochs is not None and self.pretraining_epochs < 1:
+            raise ValueError(
+                f"pretraining_epochs must be at least 1; got {self.pretraining_epochs}"
+            )
+
+    def run(self, *, num_workers: int = 0, console: "Console | None" = None) -> "StudyResult":
+        """Trains what is not finished and returns the result; raises as `Study.run`."""
+        from rich.console import Console
+
+        console = console or Console()
+        options = self.run_options(num_workers)
+        recipes = self._recipes()
+        lessons = self._pretrain(recipes, options, console)
+        return self.plan(lessons).run(options, console=console)
+
+    def plan(self, lessons: "dict[str, Lessons] | None" = None) -> Study:
+        """Returns the study, of which nothing is trained yet.
+
+        Args:
+            lessons: what classification gave each backbone, by its name; nothing compares them from
+                drawn weights alone.
+        """
+        lessons = lessons or {}
+        recipes = self._recipes()
+        (vim, _), (deit, _) = recipes.items()
+        heading, paper = _PAPER[self.task]
+        is_published = self.task == "classification"  # the paper segments from weights alone
+        variants = []
+        for start in ("from scratch", "pretrained") if lessons else ("from scratch",):
+            for name, recipe in recipes.items():
+                own, rates = recipe, None
+                if start == "pretrained" and isinstance(recipe, SegmentationRecipe):
+                    own = replace(recipe, weights=lessons[name].weights)
+                    rates = tuple(
+                        float(f"{lr / _PRETRAINED_DIVISOR:g}") for lr in self.learning_rates
+                    )
+                number = paper.get(name, "") if is_published or start == "pretrained" else ""
+                variants.append(
+                    Variant(
+                        name=f"{name}, {start}",
+                        recipe=own,
+                        learning_rates=rates,
+                        compared_with=f"{deit}, {start}" if name == vim else None,
+                        paper={heading: number},
+                    )
+                )
+        notes = [f"Data: {self.data_name}; the paper's column: {heading.rpartition(' ')[0]}."]
+        if lessons:
+            said = "; ".join(f"{name} {lesson}" for name, lesson in lessons.items())
+            notes.append(f"Pretrained on {self.pretraining_data}: {said}.")
+            notes.append("The pretrained ones were trained at a fifth of the learning rates.")
+        return self.study(variants, title=f"{vim} against {deit}, {self.task}", notes=notes)
+
+    def _recipes(self) -> dict[str, AnyRecipe]:
+        """Returns how the Vim and the DeiT are trained, by their names."""
+        vim = self.recipe()
+        if isinstance(vim, SegmentationRecipe):
+            backbone = vim.model.backbone
+            assert isinstance(backbone, VimConfig)
+            twin = replace(vim.model, backbone=_deit_like(backbone))
+            deit: AnyRecipe = replace(vim, name=_twins_name(vim), model=twin)
+        else:
+            assert isinstance(vim.model, VimConfig)
+            backbone = vim.model
+            if self.data_name == "digits":
+                deit = self.with_options(digits_deit())
+            else:
+                deit = replace(vim, name=_twins_name(vim), model=_deit_like(backbone))
+        size = "-Ti" if (backbone.d_model, backbone.depth) == (192, 24) else ""
+        return {f"Vim{size}": vim, f"DeiT{size}": deit}
+
+    def _pretrain(
+        self, recipes: dict[str, AnyRecipe], options: RunOptions, console: "Console"
+    ) -> "dict[str, Lessons]":
+        """Teaches each backbone to classify, both at once where there are jobs for it."""
+        if self.pretraining_data is None:
+            return {}
+        classifiers = {name: self._classifier(recipe) for name, recipe in recipes.items()}
+        with alone_in(self.out), TrainingPool(min(options.jobs, len(classifiers))) as pool:
+            epochs = self._epochs(classifiers, options, pool)
+            plan = {name: replace(one, epochs=epochs[name]) for name, one in classifiers.items()}
+            outcomes = self._train(plan, options, pool)
+        lessons = {}
+        for name, outcome in outcomes.items():
+            self._require_result(name, outcome)
+            lessons[name] = Lessons(
+                weights=self._folder(name) / "last.safetensors",
+                epochs=epochs[name],
+                minutes=outcome.seconds / 60,
+                accuracy=outcome.metrics["val_accuracy"],
+            )
+            console.print(f"{name}: {lessons[name]}", highlight=False)
+        return lessons
+
+    def _classifier(self, recipe: AnyRecipe) -> Recipe:
+        """Returns how the backbone of a segmenter learns to classify."""
+        assert isinstance(recipe, SegmentationRecipe)
+        assert self.pretraining_data is not None
+        side, backbone = self.pretraining_image_size, recipe.model.backbone
+        model: VimConfig | DeiTConfig
+        if isinstance(backbone, VimConfig):
+            model = replace(backbone, image_size=side, readout="middle")
+        else:
+            model = replace(backbone, image_size=side)
+        plain = vim_tiny_folder(self.pretraining_data)
+        return replace(
+            plain,
+            name=f"{recipe.name}_classifier",
+            model=model,
+            preprocessing=replace(plain.preprocessing, image_size=side),
+            optimizer=replace(plain.optimizer, lr=self.pretraining_lr),
+            batch_size=self.pretraining_batch_size,
+            precision=recipe.precision,
+        )
+
+    def _epochs(
+        self, classifiers: dict[str, Recipe], options: RunOptions, pool: TrainingPool
+    ) -> dict[str, int]:
+        """Returns the epochs of each classifier: those asked for, or what fits into the minutes.
+
+        The second of two single epochs is timed, as the first one builds kernels; their rate is
+        small, as they have no warm-up.
+        """
+        if self.pretraining_epochs is not None:
+            return dict.fromkeys(classifiers, self.pretraining_epochs)
+        path = self.out / "pretraining" / _EPOCHS_FILE
+        if not path.exists():
+            trials = {
+                f"{name} trial {number}": replace(
+                    one,
+                    epochs=1,
+                    optimizer=replace(one.optimizer, lr=one.optimizer.lr / 100, warmup_epochs=0.0),
+                )
+                for number in (1, 2)
+                for name, one in classifiers.items()
+            }
+            outcomes = self._train(trials, options, pool)
+            for name in trials:
+                shutil.rmtree(self._folder(name), ignore_errors=True)
+            for name, outcome in outcomes.items():
+                self._require_result(name, outcome)
+            epochs = {
+                name: max(
+                    1, round(60 * self.pretraining_minutes / outcomes[f"{name} trial 2"].seconds)
+                )
+                for name in classifiers
+            }
+            replace_json(path, {"minutes": self.pretraining_minutes, "epochs": epochs})
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["minutes"] != self.pretraining_minutes:
+            raise ValueError(
+                f"{path} is of {found['minutes']:g} minutes of classification and not of "
+                f"{self.pretraining_minutes:g}; repeat them, or give another --out"
+            )
+        return {name: int(found["epochs"][name]) for name in classifiers}
+
+    def _require_result(self, name: str, outcome: Outcome) -> None:
+        if outcome.failure is not None:
+            raise ValueError(
+                f"the classification of {name} came to nothing ({outcome.failure}); lower "
+                f"--pretraining-lr, which is {self.pretraining_lr:g}"
+            )
+
+    def _train(
+        self, recipes: dict[str, Recipe], options: RunOptions, pool: TrainingPool
+    ) -> dict[str, Outcome]:
+        """Returns what each training came to, by its name."""
+        names = {self._folder(name): name for name in recipes}
+        outcomes: dict[str, Outcome] = {}
+        for folder, name in names.items():
+            job = Job(
+                recipe=recipes[name],
+                out=folder,
+                log=self.out / "logs" / f"pretraining_{folder.name}.txt",
+                command=self.command,
+                device=options.device,
+                num_workers=options.num_workers * options.jobs // min(options.jobs, 2),
+                cuda_graphs=options.cuda_graphs,
+            )
+            pool.submit(job)
+        while pool.num_unfinished:
+            job, outcome = pool.next_outcome()
+            outcomes[names[job.out]] = outcome
+        return {name: outcomes[name] for name in recipes}
+
+    def _folder(self, name: str) -> Path:
+        return self.out / "pretraining" / name.lower().replace(" ", "_").replace("-", "_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What a backbone got from classification."""
+
+    weights: Path
+    """Where it is."""
+    epochs: int
+    """Passes over the pictures."""
+    minutes: float
+    """Wall-clock time, beside the other backbone's."""
+    accuracy: float
+    """Share of the validation pictures classified rightly in the end."""
+
+    def __str__(self) -> str:
+        return f"{self.epochs} epochs in {self.minutes:.1f} minutes, top-1 {self.accuracy:.1%}"
+
+
+def _deit_like(vim: VimConfig) -> DeiTConfig:
+    """Returns the DeiT of a Vim's width: half as many blocks, which have an MLP each, as DeiT-Ti
+    beside Vim-Ti."""
+    return DeiTConfig(
+        image_size=vim.image_size,
+        patch_size=vim.patch_size,
+        in_channels=vim.in_channels,
+        num_classes=max(vim.num_classes, 1),
+        d_model=vim.d_model,
+        depth=max(vim.depth // 2, 1),
+        num_heads=max(vim.d_model // _HEAD_CHANNELS, 1),
+        drop_path=vim.drop_path,
+    )
+
+
+def _twins_name(vim: AnyRecipe) -> str:
+    return vim.name.replace("vim", "deit")

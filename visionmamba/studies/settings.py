@@ -1,0 +1,158 @@
+"""What all studies of the command line have in common: data, rates, seeds, processes, folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from visionmamba.bench.machine import command_of
+from visionmamba.data import MaskFolder, MaskSplit
+from visionmamba.recipes.camvid import vim_camvid
+from visionmamba.recipes.digits import digits_vim
+from visionmamba.recipes.scratch import vim_tiny_folder
+from visionmamba.recipes.shapes import vim_shapes
+from visionmamba.studies.jobs import AnyRecipe, Judged
+from visionmamba.studies.study import RunOptions, Study, Variant, with_epochs
+from visionmamba.training import Precision
+
+Task = Literal["classification", "segmentation"]
+
+_DRAWN: dict[Task, str] = {"classification": "digits", "segmentation": "shapes"}
+_SCORES: dict[Task, str] = {"classification": "val_accuracy", "segmentation": "val_miou"}
+
+_EMA_DECAY = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """Options that every study has; None means what the recipe says."""
+
+    name: ClassVar[str] = "study"
+
+    task: Task = "classification"
+    """What is learned: one class a picture, or one a pixel."""
+    data: str = ""
+    """Classification: "digits", or a folder with train/ and val/ of class folders. Segmentation:
+    "shapes", or a folder with {train,val,test}/{images,masks} and a file of classes. By default the
+    digits or the shapes, which are there without a download."""
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Peak learning rates that every variant is tried at; pretrained ones at a fifth of each."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds that each variant is trained with at its best learning rate."""
+    epochs: int | None = None
+    """Epochs of the runs that count; the warm-up keeps its share of them."""
+    sweep_epochs: int | None = None
+    """Epochs of the runs that choose the learning rate; by default the whole schedule, and then the
+    run at the best rate counts."""
+    sweep_seeds: int = 1
+    """How many of the seeds choose the learning rate."""
+    batch_size: int | None = None
+    """Pictures of a step."""
+    epoch_steps: int | None = None
+    """Segmentation: steps from one validation to the next."""
+    precision: Precision | None = None
+    """"float32", or "bfloat16": forward and backward under autocast."""
+    judged: Judged = "last"
+    """Which weights count: those after the last epoch, those of the best on the validation split,
+    or their moving average, which is kept for that alone."""
+    jobs: int = 1
+    """Trainings at the same time on one device, each in a process of its own."""
+    device: str = "auto"
+    """"auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N"."""
+    num_workers: int | None = None
+    """Processes that prepare pictures beside each training; by default the machine's cores divided
+    by the jobs on a GPU, none on the CPU."""
+    cuda_graphs: bool = False
+    """Replay forward and backward from CUDA graphs, which spares the host; GPU only."""
+    out: Path = Path("runs/study")
+    """Folder of all runs and of the results; the same command goes on with what it finds there."""
+
+    def __post_init__(self) -> None:
+        if self.task == "classification" and self.epoch_steps is not None:
+            raise ValueError("epoch_steps is for --task segmentation; leave it out")
+        for name in ("epochs", "epoch_steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.run_options(0)
+
+    @property
+    def data_name(self) -> str:
+        """The data asked for, or those that are there without a download."""
+        return self.data or _DRAWN[self.task]
+
+    @property
+    def command(self) -> str:
+        """The command that repeats the study, without the device and options at their defaults."""
+        return command_of(self, "ablate", self.name, without=("device",))
+
+    def run_options(self, num_workers: int) -> RunOptions:
+        """Returns how the trainings are run, with so many processes that prepare pictures."""
+        return RunOptions(
+            jobs=self.jobs,
+            device=self.device,
+            num_workers=num_workers,
+            cuda_graphs=self.cuda_graphs,
+        )
+
+    def recipe(self) -> AnyRecipe:
+        """Returns the recipe of the plain Vim on the data, with the options put in.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: an option is out of range.
+        """
+        recipe: AnyRecipe
+        is_drawn = self.data_name == _DRAWN[self.task]
+        root = Path(self.data_name)
+        if not is_drawn and not root.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {root} to learn {self.task} from; give --data a folder, or "
+                f"{_DRAWN[self.task]}"
+            )
+        if self.task == "classification":
+            recipe = digits_vim() if is_drawn else vim_tiny_folder(root)
+        elif is_drawn:
+            recipe = vim_shapes()
+        else:
+            recipe = replace(vim_camvid(), data=MaskFolder(root=root))
+        return self.with_options(recipe)
+
+    def with_options(self, recipe: AnyRecipe) -> AnyRecipe:
+        """Returns the recipe with the options that were given."""
+        recipe = replace(
+            with_epochs(
+                recipe,
+                recipe.epochs if self.epochs is None else self.epochs,
+                epoch_steps=self.epoch_steps,
+            ),
+            batch_size=recipe.batch_size if self.batch_size is None else self.batch_size,
+            precision=self.precision or recipe.precision,
+        )
+        decay = recipe.ema_decay or _EMA_DECAY
+        return replace(recipe, ema_decay=decay if self.judged.endswith("_ema") else None)
+
+    def study(self, variants: Sequence[Variant], *, title: str, notes: Sequence[str] = ()) -> Study:
+        """Returns the study of these variants under the options."""
+        return Study(
+            name=f"{self.name}_{self.task}",
+            title=title,
+            variants=tuple(variants),
+            learning_rates=self.learning_rates,
+            seeds=self.seeds,
+            sweep_epochs=self.sweep_epochs,
+            sweep_seeds=self.sweep_seeds,
+            score=_SCORES[self.task] + ("_ema" if self.judged.endswith("_ema") else ""),
+            judged=self.judged,
+            test_split=_test_split(variants[0].recipe),
+            notes=tuple(notes),
+            command=self.command,
+            out=self.out,
+        )
+
+
+def _test_split(recipe: AnyRecipe) -> MaskSplit | None:
+    """Returns "test" when the data have such a split with masks."""
+    if not isinstance(recipe.data, MaskFolder):
+        return None
+    return "test" if (recipe.data.root / "test" / "masks").is_dir() else None
