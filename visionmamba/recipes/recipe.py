@@ -6,6 +6,7 @@ from pathlib import Path
 from visionmamba.data import (
     Augmentation,
     DataSource,
+    DetectionSplits,
     EvalBatches,
     ImageSplits,
     Mixing,
@@ -91,7 +92,7 @@ class TaskRecipe:
         train_batches: EpochBatches,
         val_batches: Batches,
         passes_per_step: int,
-        splits: ImageSplits | SegmentationSplits,
+        splits: ImageSplits | SegmentationSplits | DetectionSplits,
     ) -> Experiment:
         """Returns what the training loop asks for, with the parts that a task decides."""
         return Experiment(
