@@ -11,9 +11,11 @@ from visionmamba.data.object_masks import (
     NoAreaError,
     SegmentTable,
     decode_mask,
+    decode_part,
     encode_mask,
     mask_area,
     mask_box,
+    merge_masks,
     read_segment,
     segment_counts,
 )
@@ -40,6 +42,30 @@ def test_encoding_is_undone_by_decoding() -> None:
         counts = encode_mask(mask)
         assert counts.sum() == mask.size and (counts[1:] > 0).all()
         assert np.array_equal(decode_mask(counts, *mask.shape), mask)
+
+
+def test_parts_are_encoded_and_decoded_in_their_place() -> None:
+    generator = np.random.default_rng(1)
+    for mask in random_masks():
+        top, bottom = np.sort(generator.choice(mask.shape[0] + 1, 2, replace=False))
+        left, right = np.sort(generator.choice(mask.shape[1] + 1, 2, replace=False))
+        part = mask[top:bottom, left:right]
+        counts = encode_mask(mask)
+        decoded = decode_part(counts, len(mask), rows=(top, bottom), columns=(left, right))
+        assert np.array_equal(decoded, part)
+        alone = np.zeros_like(mask)
+        alone[top:bottom, left:right] = part
+        placed = encode_mask(part, at=(top, left), size=mask.shape)
+        assert np.array_equal(placed, encode_mask(alone))
+
+
+def test_merged_masks_hold_what_any_holds() -> None:
+    generator = np.random.default_rng(2)
+    for mask in random_masks():
+        others = [(generator.random(mask.shape) < 0.3).astype(np.uint8) for _ in range(2)]
+        merged = merge_masks([encode_mask(one) for one in (mask, *others)])
+        assert np.array_equal(merged, encode_mask(mask | others[0] | others[1]))
+    assert np.array_equal(merge_masks([encode_mask(mask)]), encode_mask(mask))
 
 
 def test_compressed_and_plain_lengths_are_read_as_pycocotools_writes_them() -> None:

@@ -1,5 +1,7 @@
 """From a picture and its objects to the tensors a detector learns from and is judged on."""
 
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -13,15 +15,15 @@ from torchvision.transforms import v2
 
 from visionmamba.data.coco import Objects, box_areas
 from visionmamba.data.object_masks import Counts, decode_mask, mask_box
-from visionmamba.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Interpolation
+from visionmamba.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RESAMPLING,
+    Interpolation,
+    check_range,
+)
 
 _MIN_SIDE_PX = 1.0  # of a box that is still learned after the cut
-_RESAMPLING = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "nearest": Image.Resampling.NEAREST,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 class DetectionTarget(TypedDict):
@@ -60,10 +62,10 @@ class DetectionAugmentation:
     """Probability of mirroring top and bottom, for pictures that have none."""
 
     def __post_init__(self) -> None:
-        _check_range("min_scale", self.min_scale, 0.01, 100.0)
-        _check_range("max_scale", self.max_scale, self.min_scale, 100.0)
-        _check_range("horizontal_flip", self.horizontal_flip, 0.0, 1.0)
-        _check_range("vertical_flip", self.vertical_flip, 0.0, 1.0)
+        check_range("min_scale", self.min_scale, 0.01, 100.0)
+        check_range("max_scale", self.max_scale, self.min_scale, 100.0)
+        check_range("horizontal_flip", self.horizontal_flip, 0.0, 1.0)
+        check_range("vertical_flip", self.vertical_flip, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +85,15 @@ class DetectionPreprocessing:
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise ValueError(f"image_size must be positive, got {self.image_size}")
-        if self.interpolation not in _RESAMPLING:
+        if self.interpolation not in RESAMPLING:
             raise ValueError(
-                f"interpolation must be one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}"
+                f"interpolation must be one of {', '.join(RESAMPLING)}, got {self.interpolation!r}"
             )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3:
                 raise ValueError(f"{name} needs 3 values, got {len(values)}")
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} must be finite numbers, got {values}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
 
@@ -123,7 +127,7 @@ class DetectionPreprocessing:
         """Returns what `to_dict` described.
 
         Raises:
-            ValueError: a key is missing or unknown, or a value is out of range.
+            ValueError: a key is missing or unknown, or a value is of another type or out of range.
         """
         wanted = {"image_size", "interpolation", "mean", "std"}
         if set(values) != wanted:
@@ -131,13 +135,16 @@ class DetectionPreprocessing:
                 f"preprocessing of detection needs the keys {', '.join(sorted(wanted))}, got "
                 f"{', '.join(sorted(values)) or 'none'}"
             )
-        height, width = values["image_size"]
-        return cls(
-            image_size=(int(height), int(width)),
-            interpolation=values["interpolation"],
-            mean=tuple(float(value) for value in values["mean"]),
-            std=tuple(float(value) for value in values["std"]),
-        )
+        try:
+            height, width = map(operator.index, values["image_size"])
+            return cls(
+                image_size=(height, width),
+                interpolation=values["interpolation"],
+                mean=tuple(float(value) for value in values["mean"]),
+                std=tuple(float(value) for value in values["std"]),
+            )
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"preprocessing holds a value of the wrong type: {error}") from None
 
 
 class BoxTransform:
@@ -208,7 +215,7 @@ class BoxTransform:
         )
         size = (window.width, window.height)
         if image.size != size or box != (0, 0, *image.size):
-            image = image.resize(size, _RESAMPLING[self.preprocessing.interpolation], box=box)
+            image = image.resize(size, RESAMPLING[self.preprocessing.interpolation], box=box)
         if window.is_mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if window.is_upside_down:
@@ -340,8 +347,3 @@ def _cut_mask(
 
 def _uniform(low: float, high: float) -> float:
     return float(torch.empty((), dtype=torch.float64).uniform_(low, high))
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {value:g}")

@@ -30,30 +30,89 @@ class NoAreaError(ValueError):
     """Outlines without three corners."""
 
 
-def encode_mask(mask: NDArray[np.uint8] | NDArray[np.bool_]) -> Counts:
-    """Returns the run lengths of an (H, W) mask, not empty, whose values are 0 and 1."""
-    height, width = mask.shape
+def encode_mask(
+    mask: NDArray[np.uint8] | NDArray[np.bool_],
+    *,
+    at: tuple[int, int] = (0, 0),
+    size: tuple[int, int] | None = None,
+) -> Counts:
+    """Returns the run lengths of an (H, W) mask, not empty, whose values are 0 and 1.
+
+    Args:
+        mask: the whole mask, or a part of it outside of which the picture is 0.
+        at: top and left of the part.
+        size: height and width of the picture; None for those of the mask.
+    """
+    height, width = size or mask.shape
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return np.array([height * width])
-    # an empty row above or below, where there is one, keeps runs of neighbouring columns apart
-    top, bottom = max(int(rows[0]) - 1, 0), min(int(rows[-1]) + 2, height)
-    left = int(columns[0])
-    line = mask[top:bottom, left : int(columns[-1]) + 1].T.ravel().astype(np.bool_)
-    edges = np.flatnonzero(np.diff(line, prepend=False, append=False))
+    held = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    top, left = at[0] + int(rows[0]), at[1] + int(columns[0])
+    # an empty row, where the picture has one, keeps runs of neighbouring columns apart
+    num_rows = min(len(held) + 1, height)
+    line = np.zeros((held.shape[1], num_rows), dtype=np.bool_)
+    line[:, : len(held)] = held.T
+    edges = np.flatnonzero(np.diff(line.ravel(), prepend=False, append=False))
     first, last = edges[::2], edges[1::2] - 1
     bounds = np.empty(len(edges) + 1, dtype=np.int64)
-    bounds[:-1:2] = (first // (bottom - top) + left) * height + first % (bottom - top) + top
-    bounds[1::2] = (last // (bottom - top) + left) * height + last % (bottom - top) + top + 1
+    bounds[:-1:2] = (first // num_rows + left) * height + first % num_rows + top
+    bounds[1::2] = (last // num_rows + left) * height + last % num_rows + top + 1
     bounds[-1] = height * width
-    held = bounds[:-1] if bounds[-2] == bounds[-1] else bounds
-    return np.diff(held, prepend=0)
+    held_bounds = bounds[:-1] if bounds[-2] == bounds[-1] else bounds
+    return np.diff(held_bounds, prepend=0)
 
 
 def decode_mask(counts: Counts, height: int, width: int) -> NDArray[np.uint8]:
     """Returns (height, width) of 0 and 1; the lengths must add up to height * width."""
     line = np.repeat((np.arange(len(counts)) % 2).astype(np.uint8), counts)
     return line.reshape(width, height).T
+
+
+def decode_part(
+    counts: Counts, height: int, *, rows: tuple[int, int], columns: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Returns a rectangle of a mask, of 0 and 1, without decoding the rest.
+
+    Args:
+        counts: run lengths of the whole mask.
+        height: of the picture.
+        rows: first row, and the one behind the last; inside the picture.
+        columns: first column, and the one behind the last; inside the picture.
+    """
+    (top, bottom), (left, right) = rows, columns
+    starts, stops = (ends.clip(left * height, right * height) for ends in _runs(counts))
+    is_seen = starts < stops
+    starts, stops = starts[is_seen], stops[is_seen]
+    # a run that goes round the foot of a column is one of each column
+    nums = (stops - 1) // height - starts // height + 1
+    run = np.repeat(np.arange(len(nums)), nums)
+    number = np.arange(len(run)) - np.repeat(np.cumsum(nums) - nums, nums)
+    column = starts[run] // height + number
+    first = np.maximum(starts[run] - column * height, 0).clip(top, bottom) - top
+    last = np.minimum(stops[run] - column * height, height).clip(top, bottom) - top
+    changes = np.zeros((right - left, bottom - top + 1), dtype=np.int8)
+    np.add.at(changes, (column - left, first), 1)
+    np.subtract.at(changes, (column - left, last), 1)
+    part: NDArray[np.uint8] = np.cumsum(changes[:, :-1], axis=1, dtype=np.int8).T.view(np.uint8)
+    return part
+
+
+def merge_masks(masks: Sequence[Counts]) -> Counts:
+    """Returns the run lengths of what at least one of some masks of a picture holds."""
+    runs = [_runs(counts) for counts in masks]
+    edges = np.concatenate([ends for run in runs for ends in run])
+    steps = np.concatenate([np.full(len(ends), step) for run in runs
+                            for ends, step in zip(run, (1, -1), strict=True)])  # fmt: skip
+    order = np.lexsort((-steps, edges))  # where one run ends and another begins they are one
+    edges, depths = edges[order], np.cumsum(steps[order])
+    is_bound = (depths == 0) | ((depths == 1) & (steps[order] == 1))
+    total = masks[0].sum()
+    bounds = edges[is_bound]
+    if not len(bounds) or bounds[-1] < total:
+        bounds = np.append(bounds, total)
+    merged: Counts = np.diff(bounds, prepend=0)
+    return merged
 
 
 def mask_area(counts: Counts) -> int:
@@ -68,9 +127,8 @@ def mask_box(counts: Counts, height: int) -> tuple[int, int, int, int] | None:
         counts: run lengths of the mask.
         height: of the picture.
     """
-    ends = np.cumsum(counts)
-    is_held = counts[1::2] > 0
-    first, last = ends[:-1:2][: len(is_held)][is_held], ends[1::2][is_held] - 1
+    starts, stops = _runs(counts)
+    first, last = starts, stops - 1
     if not len(first):
         return None
     left, right = int(first[0]) // height, int(last[-1]) // height + 1
@@ -161,6 +219,13 @@ class SegmentTable:
             tuple(self.numbers[bounds[part] : bounds[part + 1]] for part in parts),
             bool(self.is_outline[index]),
         )
+
+
+def _runs(counts: Counts) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns where the runs of 1 that are not empty begin, and the places behind their ends."""
+    ends = np.cumsum(counts)
+    is_held = counts[1::2] > 0
+    return ends[:-1:2][is_held], ends[1::2][is_held]
 
 
 def _read_outlines(value: list[object], height: int, width: int) -> Segment:
