@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from visionmamba.models.mixer import BidirectionalMixer, DirectionalSSM
     from visionmamba.models.published import load_published
     from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
-    from visionmamba.models.start import load_backbone, load_segmenter
+    from visionmamba.models.start import load_backbone, load_detector, load_segmenter
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import WeightsHeader, load, read_header, save
 
@@ -33,6 +33,7 @@ __all__ = [
     "WeightsHeader",
     "load",
     "load_backbone",
+    "load_detector",
     "load_published",
     "load_segmenter",
     "read_header",
@@ -54,6 +55,7 @@ _HOMES = {
     "WeightsHeader": "weights",
     "load": "weights",
     "load_backbone": "start",
+    "load_detector": "start",
     "load_published": "published",
     "load_segmenter": "start",
     "read_header": "weights",
