@@ -15,8 +15,9 @@ from torch import Tensor
 
 from visionmamba.data import DetectionEvalBatches, DetectionPreprocessing, DrawnObjects
 from visionmamba.data.box_transforms import DetectionTarget
-from visionmamba.data.object_masks import decode_mask, encode_mask
+from visionmamba.data.object_masks import encode_mask
 from visionmamba.tasks.detection_metrics import COLUMNS, CocoMetric, coco_json
+from visionmamba.tasks.detection_sizes import FoundObjects
 
 pytestmark = pytest.mark.once
 
@@ -48,35 +49,32 @@ def target(boxes: list[list[float]], labels: list[int], **changes: Any) -> Detec
     return values | changes  # type: ignore[return-value]
 
 
-def detections(boxes: list[list[float]], labels: list[int], scores: list[float]) -> dict[str, Any]:
+def detections(boxes: list[list[float]], labels: list[int], scores: list[float]) -> FoundObjects:
     corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    return {
-        "boxes": corners,
-        "labels": torch.tensor(labels, dtype=torch.int64),
-        "scores": torch.tensor(scores, dtype=torch.float32),
-        "masks": rectangles(corners),
-    }
+    return FoundObjects(
+        boxes=corners.double().numpy(),
+        scores=np.array(scores, dtype=np.float64),
+        labels=np.array(labels, dtype=np.int64),
+        masks=tuple(encode_mask(mask.numpy()) for mask in rectangles(corners)),
+    )
 
 
-def itself(truth: DetectionTarget) -> dict[str, Tensor]:
+def itself(truth: DetectionTarget) -> FoundObjects:
     """The objects as detections, crowds aside."""
-    is_single = truth["iscrowd"] == 0
-    masks = [torch.from_numpy(decode_mask(one, *truth["size"])) for one in truth["run_lengths"]]
-    return {
-        "boxes": truth["boxes"][is_single],
-        "labels": truth["labels"][is_single],
-        "scores": torch.ones(int(is_single.sum())),
-        "masks": torch.stack(masks)[is_single] if masks else torch.zeros(0, *truth["size"]),
-    }
+    every = FoundObjects(
+        boxes=truth["boxes"].double().numpy(),
+        scores=np.ones(len(truth["labels"])),
+        labels=truth["labels"].numpy(),
+        masks=truth["run_lengths"],
+    )
+    return every.take(truth["iscrowd"].numpy() == 0)
 
 
 def metric(**options: Any) -> CocoMetric:
     return CocoMetric(**({"class_names": NAMES, "with_masks": True} | options))
 
 
-def noisy(
-    seed: int, *, num_pictures: int = 12
-) -> tuple[list[DetectionTarget], list[dict[str, Tensor]]]:
+def noisy(seed: int, *, num_pictures: int = 12) -> tuple[list[DetectionTarget], list[FoundObjects]]:
     """Objects of all sizes, crowds among them, and detections of every quality."""
     generator = np.random.default_rng(seed)
     targets, found = [], []
@@ -220,21 +218,10 @@ def test_detections_in_crowds_do_not_count() -> None:
     assert judged.scores().boxes.ap == pytest.approx(1)
 
 
-def test_soft_masks_are_cut_at_a_half() -> None:
-    truth = target([[0, 0, 20, 20]], [1])
-    found = itself(truth)
-    found["masks"] = found["masks"][:, None] * 0.2 + 0.3
-    judged = metric()
-    judged.update([truth], [found])
-    scores = judged.scores()
-    assert scores.masks is not None
-    assert scores.masks.ap == 1
-
-
 def test_boxes_alone_are_judged_when_there_are_no_masks() -> None:
     truth = target([[0, 0, 20, 20]], [1])
-    found = itself(truth)
-    del truth["run_lengths"], found["masks"]
+    found = itself(truth)._replace(masks=())
+    del truth["run_lengths"]
     judged = metric(with_masks=False)
     judged.update([truth], [found])
     assert judged.scores().masks is None and judged.scores().boxes.ap == 1
@@ -274,16 +261,15 @@ def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"labels": torch.tensor([4])}, "between 1 and 3, got 1 to 4"),
-        ({"labels": torch.tensor([0])}, "between 1 and 3"),
-        ({"scores": torch.tensor([float("nan")])}, "not finite"),
-        ({"boxes": torch.zeros(2, 4)}, r"boxes \(n, 4\)"),
-        ({"masks": torch.zeros(1, 5, 5)}, "masks of image 0"),
+        ({"labels": np.array([4])}, "between 1 and 3, got 1 to 4"),
+        ({"labels": np.array([0])}, "between 1 and 3"),
+        ({"scores": np.array([float("nan")])}, "not finite"),
+        ({"boxes": np.zeros((2, 4))}, r"boxes \(n, 4\)"),
+        ({"masks": (np.array([25]),)}, "masks of image 0 must have 128x128 pixels, got 25"),
+        ({"masks": ()}, "detections of image 0 have no masks to judge"),
     ],
 )
-def test_detections_that_cannot_be_judged_are_refused(
-    changes: dict[str, Tensor], reason: str
-) -> None:
+def test_detections_that_cannot_be_judged_are_refused(changes: dict[str, Any], reason: str) -> None:
     truth = target([[0, 0, 20, 20]], [1])
     with pytest.raises(ValueError, match=reason):
-        metric().update([truth], [itself(truth) | changes])
+        metric().update([truth], [itself(truth)._replace(**changes)])

@@ -1,16 +1,15 @@
 """COCO's average precision of boxes and masks, computed by faster-coco-eval. Knows no model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from visionmamba.data.box_transforms import DetectionTarget
 from visionmamba.data.object_masks import Counts, encode_mask, mask_area
+from visionmamba.tasks.detection_sizes import FoundObjects
 from visionmamba.tasks.run_lengths import compress
 
 COLUMNS = ("ap", "ap50", "ap75", "small", "medium", "large")
@@ -18,7 +17,6 @@ COLUMNS = ("ap", "ap50", "ap75", "small", "medium", "large")
 
 _THRESHOLD_50, _THRESHOLD_75 = 0, 5  # places in COCO's IoU thresholds 0.5, 0.55, ... 0.95
 _ALL_SIZES = 0
-_MASK_THRESHOLD = 0.5
 _NO_OBJECTS = -1  # what COCO's tables hold where no object is to be found
 
 
@@ -127,33 +125,24 @@ class CocoMetric:
         """What was collected so far, in plain values."""
         return tuple(self._records.values())
 
-    def update(
-        self, targets: Sequence[DetectionTarget], detections: Sequence[Mapping[str, Tensor]]
-    ) -> None:
+    def update(self, targets: Sequence[DetectionTarget], found: Sequence[FoundObjects]) -> None:
         """Takes some pictures.
 
         Args:
             targets: of evaluation, without rows of padding; boxes and masks in the pixels of
                 "size".
-            detections: one a target, in the same pixels: boxes (n, 4), scores (n,), labels (n,)
-                and, when masks are judged, masks (n, H, W) or (n, 1, H, W), bool or from 0 to 1,
-                of which 0.5 and more belong to the object.
+            found: one a target, in the same pixels, in any order.
 
         Raises:
             ValueError: lengths or sizes disagree, a label has no name, scores or boxes are not
                 finite, or a picture came before.
         """
-        if len(targets) != len(detections):
+        if len(targets) != len(found):
             raise ValueError(
                 f"each picture needs its detections, got {len(targets)} targets and "
-                f"{len(detections)} detections"
+                f"detections of {len(found)}"
             )
-        self.add(
-            [
-                _record(target, found, self)
-                for target, found in zip(targets, detections, strict=True)
-            ]
-        )
+        self.add([_record(target, one, self) for target, one in zip(targets, found, strict=True)])
 
     def add(self, records: Sequence[PictureRecord]) -> None:
         """Takes what another process collected; ValueError for a picture that came before."""
@@ -242,9 +231,7 @@ def coco_json(
     }
 
 
-def _record(
-    target: DetectionTarget, found: Mapping[str, Tensor], metric: CocoMetric
-) -> PictureRecord:
+def _record(target: DetectionTarget, found: FoundObjects, metric: CocoMetric) -> PictureRecord:
     height, width = target["size"]
     objects = [
         {"box": box, "label": label, "is_crowd": bool(is_crowd), "area": area}
@@ -257,45 +244,44 @@ def _record(
         )
     ]
     title = f"image {target['image_id']}"
-    boxes, scores, labels = (found[name].detach().cpu() for name in ("boxes", "scores", "labels"))
+    boxes, scores, labels = found.boxes, found.scores, found.labels
     if boxes.shape != (len(scores), 4) or scores.ndim != 1 or labels.shape != scores.shape:
         raise ValueError(
             f"detections of {title} must have boxes (n, 4), scores (n,) and labels (n,), got "
-            f"{tuple(boxes.shape)}, {tuple(scores.shape)} and {tuple(labels.shape)}"
+            f"{boxes.shape}, {scores.shape} and {labels.shape}"
         )
-    if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
         raise ValueError(f"detections of {title} have boxes or scores that are not finite")
     num_classes = len(metric.class_names)
-    every_label = torch.cat([labels, target["labels"].cpu()])
+    every_label = np.concatenate([labels, target["labels"].cpu().numpy()])
     if ((every_label < 1) | (every_label > num_classes)).any():
         raise ValueError(
-            f"labels of {title} must lie between 1 and {num_classes}, got {int(every_label.min())} "
-            f"to {int(every_label.max())}"
+            f"labels of {title} must lie between 1 and {num_classes}, got {every_label.min()} "
+            f"to {every_label.max()}"
         )
     order = _best_first(scores, labels, metric.max_detections)
     detections: list[dict[str, Any]] = [
         {"box": box, "label": label, "score": score}
         for box, label, score in zip(
-            boxes[order].double().tolist(),
-            labels[order].tolist(),
-            scores[order].double().tolist(),
-            strict=True,
+            boxes[order].tolist(), labels[order].tolist(), scores[order].tolist(), strict=True
         )
     ]
     if metric.with_masks:
         _add_masks(objects, _target_masks(target, title))
-        _add_masks(detections, _detected_masks(found, order, (height, width), title))
+        _add_masks(detections, _found_masks(found, order, (height, width), title))
     return PictureRecord(target["image_id"], height, width, objects, detections)
 
 
-def _best_first(scores: Tensor, labels: Tensor, max_detections: int) -> Tensor:
+def _best_first(
+    scores: NDArray[np.float64], labels: NDArray[np.int64], max_detections: int
+) -> NDArray[np.intp]:
     """Returns the places of the detections that count, at most so many of a class."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    by_class = torch.argsort(labels[order], stable=True)
+    order = np.argsort(-scores, kind="stable")
+    by_class = np.argsort(labels[order], kind="stable")
     sorted_labels = labels[order][by_class]
-    first = torch.searchsorted(sorted_labels, sorted_labels)
-    is_kept = torch.arange(len(order)) - first < max_detections
-    return order[by_class[is_kept].sort().values]
+    first = np.searchsorted(sorted_labels, sorted_labels)
+    is_kept = np.arange(len(order)) - first < max_detections
+    return order[np.sort(by_class[is_kept])]
 
 
 def _add_masks(rows: list[dict[str, Any]], masks: Sequence[Counts]) -> None:
@@ -314,21 +300,20 @@ def _target_masks(target: DetectionTarget, title: str) -> Sequence[Counts]:
     )
 
 
-def _detected_masks(
-    found: Mapping[str, Tensor], order: Tensor, size: tuple[int, int], title: str
+def _found_masks(
+    found: FoundObjects, order: NDArray[np.intp], size: tuple[int, int], title: str
 ) -> Sequence[Counts]:
-    if "masks" not in found:
+    if len(found.masks) != len(found.labels):
         raise ValueError(
             f"the detections of {title} have no masks to judge; use a model with masks, or "
             "with_masks=False"
         )
-    masks = found["masks"].detach()
-    if masks.ndim == 4 and masks.shape[1] == 1:
-        masks = masks[:, 0]
-    wanted = (len(found["scores"]), *size)
-    if masks.shape != wanted:
-        raise ValueError(f"masks of {title} must be {wanted}, got {tuple(masks.shape)}")
-    return [encode_mask((masks[place] >= _MASK_THRESHOLD).cpu().numpy()) for place in order]
+    for counts in found.masks:
+        if counts.sum() != size[0] * size[1]:
+            raise ValueError(
+                f"masks of {title} must have {size[0]}x{size[1]} pixels, got {counts.sum()}"
+            )
+    return [found.masks[place] for place in order]
 
 
 def _mean(precision: NDArray[np.float64]) -> float | None:

@@ -25,12 +25,12 @@ class FoundObjects(NamedTuple):
     labels: NDArray[np.int64]
     """(n,) from 1."""
     masks: tuple[Counts, ...]
-    """Run lengths of each mask."""
+    """Run lengths of each mask; none where only boxes are judged."""
 
     def take(self, chosen: NDArray[Any]) -> "FoundObjects":
         """Returns the objects that places, or a mask (n,), choose."""
         places = np.arange(len(self.labels))[chosen].tolist()
-        masks = tuple(self.masks[place] for place in places)
+        masks = tuple(self.masks[place] for place in places if self.masks)
         return FoundObjects(self.boxes[places], self.scores[places], self.labels[places], masks)
 
 
