@@ -163,6 +163,8 @@ class DetectionModel(nn.Module):
 
     header: "WeightsHeader | None" = None
     """What the weights file said of classes and pictures; None for a model that was not loaded."""
+    has_varying_shapes = True
+    """How many boxes the heads see hangs on the pictures, so that no CUDA graph repeats it."""
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()

@@ -121,8 +121,8 @@ def fit(
         checkpoint_every_steps: steps between checkpoints, beside the one after each epoch.
         cuda_graphs: on GPUs record forward and backward once and replay them, which spares the
             host some 900 launches a step; no effect with "fsdp", torch.compile, batch norms
-            synchronised over several GPUs, or sequences flipped at random. Off, as the training
-            loop has not been measured with it yet.
+            synchronised over several GPUs, sequences flipped at random, or detectors. Off, as the
+            training loop has not been measured with it yet.
         progress: show a bar.
         command: how to repeat the run, for results.json; by default the process's command line.
 
