@@ -230,10 +230,10 @@ def _is_given(value: object) -> bool:
 def _inference_of(options: Eval | Predict, header: "WeightsHeader | None") -> "Inference":
     """Returns how a segmenter goes over images: as its weights say, changed as asked for."""
     from visionmamba.tasks import Inference
-    from visionmamba.tasks.segmenter import inference_of
+    from visionmamba.tasks.task_weights import TaskWeights
 
-    assert header is not None
-    values = inference_of(header, options.weights).to_dict()
+    held = TaskWeights.find(options.weights, task="segmentation", trained="segmenter")
+    values = held.inference(Inference).to_dict()
     given = {name: getattr(options, name) for name in _WINDOW_OPTIONS}
     values |= {name: value for name, value in given.items() if _is_given(value)}
     if options.crop_size is not None and options.stride is None:

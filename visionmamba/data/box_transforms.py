@@ -180,15 +180,19 @@ class BoxTransform:
             )
         image = image.convert("RGB")
         if self.augmentation is None:
-            resized = self.preprocessing.resized(image.height, image.width)
-            window = _Window(resized, 0, 0, *resized, is_mirrored=False, is_upside_down=False)
-            return self._pixels(image, window), _own_target(objects)
+            return self.pixels(image), _own_target(objects)
         window = self._draw(image, self.augmentation)
         pixels = self._pixels(image, window)
         height, width = self.preprocessing.size
         missing = [0, 0, width - window.width, height - window.height]  # left, top, right, bottom
         padded: Tensor = v2.functional.pad(pixels, missing, fill=0.0)
         return padded, _cut_target(objects, window, self.preprocessing.size)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Returns a picture, "RGB", as evaluation gives it to the model."""
+        resized = self.preprocessing.resized(image.height, image.width)
+        window = _Window(resized, 0, 0, *resized, is_mirrored=False, is_upside_down=False)
+        return self._pixels(image, window)
 
     def _draw(self, image: Image.Image, augmentation: DetectionAugmentation) -> "_Window":
         scale = _uniform(augmentation.min_scale, augmentation.max_scale)

@@ -2,6 +2,7 @@
 
 from visionmamba.tasks.classification import ClassificationTask
 from visionmamba.tasks.classifier import Classification, Classifier
+from visionmamba.tasks.detector import Detections, Detector
 from visionmamba.tasks.evaluation import ClassResult, Evaluation, evaluate
 from visionmamba.tasks.segmentation import PixelScores, SegmentationTask
 from visionmamba.tasks.segmentation_evaluation import (
@@ -11,12 +12,16 @@ from visionmamba.tasks.segmentation_evaluation import (
 )
 from visionmamba.tasks.segmenter import Segmentation, Segmenter
 from visionmamba.tasks.sliding import Inference
+from visionmamba.tasks.tiles import DetectionInference
 
 __all__ = [
     "ClassResult",
     "Classification",
     "ClassificationTask",
     "Classifier",
+    "DetectionInference",
+    "Detections",
+    "Detector",
     "Evaluation",
     "Inference",
     "PixelScores",
