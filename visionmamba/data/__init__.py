@@ -56,6 +56,8 @@ from visionmamba.data.masks import (
 )
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
 from visionmamba.data.mixing import Mixing
+from visionmamba.data.object_check import ObjectCounts, ObjectReport, check_objects
+from visionmamba.data.object_sources import DetectionSource, open_objects
 from visionmamba.data.sets import (
     ArrayImages,
     Digits,
@@ -69,13 +71,15 @@ from visionmamba.data.sets import (
 )
 from visionmamba.data.shapes import Shapes
 from visionmamba.data.shards import WebShards
-from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocessing
+from visionmamba.data.transforms import (
+    Augmentation,
+    ImageTransform,
+    Preprocessing,
+    restore_image,
+)
 
 DataSource = Digits | ImageFolder | WebShards | HuggingFaceData | TimmData
 """What a recipe can learn from; each has `build() -> ImageSplits`."""
-
-DetectionSource = Coco | DrawnObjects
-"""What a detector can learn from; each has `build() -> DetectionSplits` and `open(split)`."""
 
 __all__ = [
     "ADE20K",
@@ -122,6 +126,8 @@ __all__ = [
     "MaskReport",
     "MaskSplit",
     "Mixing",
+    "ObjectCounts",
+    "ObjectReport",
     "Objects",
     "Preprocessing",
     "SegmentationAugmentation",
@@ -139,6 +145,7 @@ __all__ = [
     "WebShards",
     "as_upright_eight_bit",
     "check_masks",
+    "check_objects",
     "decode_image",
     "derive_seed",
     "explain_out_of_memory",
@@ -147,5 +154,7 @@ __all__ = [
     "open_image",
     "open_images",
     "open_masks",
+    "open_objects",
+    "restore_image",
     "split_readable",
 ]

@@ -2,6 +2,7 @@
 
 from visionmamba.tasks.classification import ClassificationTask
 from visionmamba.tasks.classifier import Classification, Classifier
+from visionmamba.tasks.detection import DetectionTask
 from visionmamba.tasks.detector import Detections, Detector
 from visionmamba.tasks.evaluation import ClassResult, Evaluation, evaluate
 from visionmamba.tasks.segmentation import PixelScores, SegmentationTask
@@ -20,6 +21,7 @@ __all__ = [
     "ClassificationTask",
     "Classifier",
     "DetectionInference",
+    "DetectionTask",
     "Detections",
     "Detector",
     "Evaluation",

@@ -88,8 +88,8 @@ class PictureRecord(NamedTuple):
 class CocoMetric:
     """Collects objects and detections picture by picture, and scores them all at once.
 
-    Over several processes: each updates with its own pictures, all exchange `records`
-    (torch.distributed.all_gather_object), one calls `add` with the others' and `scores`.
+    Over several processes: each updates with its own pictures, all send their `records` to one,
+    which calls `add` with the others' and `scores`.
     """
 
     def __init__(
@@ -170,13 +170,9 @@ class CocoMetric:
         )
 
     def _evaluate(self, records: Sequence[PictureRecord], *, masks: bool) -> AveragePrecision:
-        try:
-            from faster_coco_eval import COCO, COCOeval_faster
-        except ImportError as error:
-            raise ImportError(
-                "average precision needs faster-coco-eval; install it with: pip install "
-                "'visionmamba[detection]'"
-            ) from error
+        require_evaluator()
+        from faster_coco_eval import COCO, COCOeval_faster
+
         objects, detections = (
             COCO(coco_json(records, self.class_names, of=of, masks=masks))
             for of in ("objects", "detections")
@@ -187,6 +183,17 @@ class CocoMetric:
         evaluator.accumulate()
         # the table itself: the evaluators' summaries look for 100 detections and give -1 without
         return AveragePrecision.of(evaluator.eval["precision"][..., -1])
+
+
+def require_evaluator() -> None:
+    """Raises ImportError, which says what to install, unless average precision can be computed."""
+    try:
+        import faster_coco_eval  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "average precision needs faster-coco-eval; install it with: pip install "
+            "'visionmamba[detection]'"
+        ) from error
 
 
 def coco_json(

@@ -11,7 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmamba.data import IGNORE, PADDING, SegmentationBatch, SegmentationPreprocessing
+from visionmamba.data import (
+    IGNORE,
+    PADDING,
+    SegmentationBatch,
+    SegmentationPreprocessing,
+    restore_image,
+)
 from visionmamba.data.masks import MAX_CLASSES
 from visionmamba.models.weights import save
 from visionmamba.tasks.overlay import add_legend, draw_rows, paint_labels, palette_of
@@ -147,7 +153,7 @@ class SegmentationTask(nn.Module):
             return None
         rows = [
             [
-                self._photograph(image),
+                restore_image(image, mean=self.preprocessing.mean, std=self.preprocessing.std),
                 paint_labels(mask.to("cpu", torch.uint8).numpy(), self.palette),
                 paint_labels(labels.numpy(), self.palette),
             ]
@@ -206,12 +212,6 @@ class SegmentationTask(nn.Module):
         count = len(self.class_names)
         matrix: NDArray[np.float64] = sums[:-2].reshape(count, count).cpu().numpy()
         return matrix
-
-    def _photograph(self, image: Tensor) -> Image.Image:
-        mean = torch.tensor(self.preprocessing.mean)[:, None, None]
-        std = torch.tensor(self.preprocessing.std)[:, None, None]
-        pixels = (image.detach().float().cpu() * std + mean).clamp(0, 1).mul(255).round()
-        return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def count_pixels(masks: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
