@@ -142,8 +142,13 @@ class Coco:
             ValueError: annotations are broken, or the categories of both disagree.
         """
         train, val = self.open("train"), self.open("val")
-        _check_categories(self.root, train, val)
+        check_categories(self.root, train, val)
         return DetectionSplits(train, val)
+
+    def has(self, split: str) -> bool:
+        """Whether there is an annotation file of "train" or "val" where it usually is, or said."""
+        places = self._places(split, "annotations", _ANNOTATIONS)
+        return any((self.root / place).is_file() for place in places)
 
     def open(self, split: str) -> "FileObjects":
         """Returns the pictures of "train" or "val".
@@ -186,12 +191,7 @@ class Coco:
 
     def _find(self, split: str, what: str, patterns: Sequence[str]) -> Path:
         """Returns the annotation file or the folder of pictures of a split."""
-        given: Path | None = getattr(self, f"{split}_{what}")
-        if given is not None and (given.is_absolute() or ".." in given.parts):
-            raise ValueError(
-                f"{split}_{what} must be a path below the root {self.root}, got {given}"
-            )
-        places = [given] if given else [Path(pattern.format(split=split)) for pattern in patterns]
+        places = self._places(split, what, patterns)
         is_there = Path.is_file if what == "annotations" else Path.is_dir
         for place in places:
             if is_there(self.root / place):
@@ -201,6 +201,15 @@ class Coco:
             f"there is no {kind} of {split} in {self.root}; wanted {_either(places)}, or set "
             f"{split}_{what}"
         )
+
+    def _places(self, split: str, what: str, patterns: Sequence[str]) -> list[Path]:
+        """Returns where a thing of a split may be, below the root."""
+        given: Path | None = getattr(self, f"{split}_{what}")
+        if given is not None and (given.is_absolute() or ".." in given.parts):
+            raise ValueError(
+                f"{split}_{what} must be a path below the root {self.root}, got {given}"
+            )
+        return [given] if given else [Path(pattern.format(split=split)) for pattern in patterns]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,16 +315,8 @@ def box_areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return areas
 
 
-def _known_areas(
-    areas: NDArray[np.float64], boxes: NDArray[np.float64], masks: tuple[Counts, ...] | None
-) -> NDArray[np.float64]:
-    if not np.isnan(areas).any():
-        return areas
-    counted = box_areas(boxes) if masks is None else np.array([mask_area(one) for one in masks])
-    return np.where(np.isnan(areas), counted, areas)
-
-
-def _check_categories(root: Path, train: FileObjects, val: FileObjects) -> None:
+def check_categories(root: Path, train: FileObjects, val: FileObjects) -> None:
+    """Raises ValueError where the splits of a data set have other categories, or other kinds."""
     known = dict(zip(train.category_ids, train.class_names, strict=True))
     judged = dict(zip(val.category_ids, val.class_names, strict=True))
     if known == judged:
@@ -331,6 +332,15 @@ def _check_categories(root: Path, train: FileObjects, val: FileObjects) -> None:
         f"{root} has {len(known)} categories in train and {len(judged)} in val, which must be the "
         f"same by id and name; category {category} ({name}) is not: give both files one list"
     )
+
+
+def _known_areas(
+    areas: NDArray[np.float64], boxes: NDArray[np.float64], masks: tuple[Counts, ...] | None
+) -> NDArray[np.float64]:
+    if not np.isnan(areas).any():
+        return areas
+    counted = box_areas(boxes) if masks is None else np.array([mask_area(one) for one in masks])
+    return np.where(np.isnan(areas), counted, areas)
 
 
 def _either(places: Sequence[Path]) -> str:

@@ -67,8 +67,15 @@ class CocoTable:
     """(rows,): pixels of each object; NaN where the file does not say."""
     segments: SegmentTable | None
     """Masks of the rows; None when no object has one."""
-    left_out: tuple[str, ...]
-    """Objects that cannot be used, one sentence each."""
+    problems: tuple[str, ...]
+    """Images and objects that are broken, one sentence each."""
+    without_area: tuple[str, ...]
+    """Objects that nothing is seen of, which do not count, one sentence each."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Everything that cannot be used."""
+        return (*self.problems, *self.without_area)
 
 
 def read_coco(
@@ -294,10 +301,10 @@ class _Reader:
         """Returns all that was collected."""
         images = tuple(image for image in self._images.values() if image is not None)
         rows = [found for image in images for found in self._objects[image.id]]
-        left_out = (*self._problems, *self._without_area)
         if not rows:
+            first = [*self._problems, *self._without_area][0]
             raise AnnotationError(
-                f"{self._path} has no object that can be used; the first problem: {left_out[0]}"
+                f"{self._path} has no object that can be used; the first problem: {first}"
             )
         with_mask = [found.segment for found in rows if found.segment is not None]
         for image in images:
@@ -316,7 +323,8 @@ class _Reader:
             is_crowd=np.array([found.is_crowd for found in rows], dtype=np.bool_),
             areas=np.array([found.area for found in rows], dtype=np.float64),
             segments=SegmentTable.of(with_mask) if with_mask else None,
-            left_out=left_out,
+            problems=tuple(self._problems),
+            without_area=tuple(self._without_area),
         )
 
     def _title(self, annotation: Mapping[str, object], image: CocoImage | None = None) -> str:
