@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.bench.test_efficiency import case_of
-from visionmamba.bench import efficiency
+from visionmamba.bench import efficiency, plots
 from visionmamba.bench.cases import ModelName
 from visionmamba.bench.detection import DetectionSpeed
 from visionmamba.bench.efficiency import Efficiency
@@ -39,6 +39,7 @@ def test_measures_inference_and_training_and_writes_both(
 ) -> None:
     """The memory of each case, which takes a process of its own, is made up."""
     monkeypatch.setattr(efficiency, "peak_bytes_on_cpu", lambda case, **_: 2 * 10**9)
+    monkeypatch.delitem(plots.PALETTES, "light")  # half of the pictures, which take longest
     settings = DetectionSpeed(
         models=("deit-window", "vim-lean"),
         head="mask",

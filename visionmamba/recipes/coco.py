@@ -112,7 +112,7 @@ def _optimizer(variant: Variant, layer_decay: float) -> OptimizerConfig:
     is_script = variant == "script"
     return OptimizerConfig(
         lr=1e-4,
-        schedule="steps" if is_script else "linear",
+        schedule="drops" if is_script else "linear",
         drops_at=tuple(step / _SCRIPT_STEPS for step in _SCRIPT_DROPS) if is_script else (),
         warmup_steps=250,
         warmup_lr=1e-7,

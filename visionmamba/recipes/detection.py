@@ -1,6 +1,6 @@
 """DetectionRecipe: everything that decides the result of a run that learns objects."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from visionmamba.data import (
     DetectionAugmentation,
@@ -9,8 +9,9 @@ from visionmamba.data import (
     DetectionSource,
     DetectionTrainBatches,
 )
-from visionmamba.models import DetectorConfig
+from visionmamba.models import DetectorConfig, load_detector
 from visionmamba.recipes.dense import DenseRecipe
+from visionmamba.tasks import DetectionInference, DetectionTask
 from visionmamba.training import Experiment
 
 
@@ -29,6 +30,9 @@ class DetectionRecipe(DenseRecipe):
     """How pictures become the model's input; also kept in the weights file."""
     augmentation: DetectionAugmentation
     """Random changes of the training pictures and their objects."""
+    inference: DetectionInference = field(default_factory=DetectionInference)
+    """How the weights are to be used later, kept in their file; validation goes over whole
+    pictures."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,12 +48,10 @@ class DetectionRecipe(DenseRecipe):
 
         Raises:
             FileNotFoundError: the data or the weights are missing.
+            ImportError: faster-coco-eval is not installed.
             ValueError: the data are empty or broken, have no masks, their classes disagree, they
                 are less than a batch, the batch cannot be shared so, or the weights do not fit.
         """
-        from visionmamba.models.start import load_detector
-        from visionmamba.tasks.detection import DetectionTask
-
         device_batch_size, passes = self.shares(num_ranks)
         splits = self.data.build()
         train = splits.train
@@ -66,6 +68,7 @@ class DetectionRecipe(DenseRecipe):
                 class_names=train.class_names,
                 category_ids=train.category_ids,
                 preprocessing=self.preprocessing,
+                inference=self.inference,
             ),
             train_batches=DetectionTrainBatches(
                 train,

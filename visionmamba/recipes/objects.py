@@ -5,13 +5,13 @@ from visionmamba.models import DetectorConfig, VimConfig
 from visionmamba.recipes.detection import DetectionRecipe
 from visionmamba.training import OptimizerConfig
 
-_IMAGE_SIZE = 96
+_IMAGE_SIZE = 64
 _LARGE_IMAGE_SIZE = 512
 _NUM_CLASSES = 3
 
 
 def vim_objects() -> DetectionRecipe:
-    """Cascade Mask R-CNN on a small Vim, drawn discs, squares and triangles; minutes of a CPU.
+    """Mask R-CNN on a small Vim, drawn discs, squares and triangles; minutes of a CPU.
 
     Source: ours.
     Run:    visionmamba train vim_objects --out runs/vim_objects
@@ -25,16 +25,17 @@ def vim_objects() -> DetectionRecipe:
                 image_size=_IMAGE_SIZE, patch_size=8, d_model=48, depth=4, readout="mean"
             ),
             num_classes=_NUM_CLASSES,
-            channels=64,
-            box_width=128,
-            anchor_sizes=(8, 16, 32, 64, 96),
+            head="mask",
+            channels=48,
+            box_width=96,
+            anchor_sizes=(8, 16, 32, 48, 64),
             num_proposals=100,
-            num_sampled=64,
+            num_sampled=32,
         ),
         preprocessing=DetectionPreprocessing(image_size=_IMAGE_SIZE),
-        augmentation=DetectionAugmentation(min_scale=1.0, max_scale=1.0),
-        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, weight_decay=0.05),
-        epochs=8,
+        augmentation=DetectionAugmentation(min_scale=1.0, max_scale=1.0, vertical_flip=0.5),
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=30, weight_decay=0.05),
+        epochs=6,
         batch_size=8,
     )
 
