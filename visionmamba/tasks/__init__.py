@@ -3,6 +3,11 @@
 from visionmamba.tasks.classification import ClassificationTask
 from visionmamba.tasks.classifier import Classification, Classifier
 from visionmamba.tasks.detection import DetectionTask
+from visionmamba.tasks.detection_evaluation import (
+    DetectionClassResult,
+    DetectionEvaluation,
+    evaluate_detection,
+)
 from visionmamba.tasks.detector import Detections, Detector
 from visionmamba.tasks.evaluation import ClassResult, Evaluation, evaluate
 from visionmamba.tasks.segmentation import PixelScores, SegmentationTask
@@ -20,6 +25,8 @@ __all__ = [
     "Classification",
     "ClassificationTask",
     "Classifier",
+    "DetectionClassResult",
+    "DetectionEvaluation",
     "DetectionInference",
     "DetectionTask",
     "Detections",
@@ -33,5 +40,6 @@ __all__ = [
     "SegmentationTask",
     "Segmenter",
     "evaluate",
+    "evaluate_detection",
     "evaluate_segmentation",
 ]

@@ -103,7 +103,7 @@ class DetectionTask(nn.Module):
         the inference's min_score and more. None when the batch is nothing but padding, on which the
         model runs all the same: sharded ones need every process.
         """
-        held = _held_rows(batch)[:_NUM_DRAWN]
+        held = held_rows(batch)[:_NUM_DRAWN]
         rows = held or [0]
         images = [batch.images[row] for row in rows]
         targets = [batch.targets[row] for row in rows]
@@ -184,7 +184,7 @@ class DetectionValidation:
         found = detect_objects(
             self._model, batch.images, [target["size"] for target in batch.targets]
         )
-        rows = _held_rows(batch)
+        rows = held_rows(batch)
         self._metric.update([batch.targets[row] for row in rows], [found[row] for row in rows])
 
     def merge(self, processes: Processes) -> None:
@@ -251,5 +251,6 @@ def detect_objects(
     ]
 
 
-def _held_rows(batch: DetectionBatch) -> list[int]:
+def held_rows(batch: DetectionBatch) -> list[int]:
+    """Returns the rows of a batch that are pictures, not padding."""
     return [row for row, index in enumerate(batch.indices.tolist()) if index != PADDING]
