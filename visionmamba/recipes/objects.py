@@ -19,22 +19,22 @@ def vim_objects() -> DetectionRecipe:
     """
     return DetectionRecipe(
         name="vim_objects",
-        data=DrawnObjects(image_size=_IMAGE_SIZE),
+        data=DrawnObjects(image_size=_IMAGE_SIZE, max_objects=3),
         model=DetectorConfig(
             backbone=VimConfig(
                 image_size=_IMAGE_SIZE, patch_size=8, d_model=48, depth=4, readout="mean"
             ),
             num_classes=_NUM_CLASSES,
             head="mask",
-            channels=48,
+            channels=40,
             box_width=96,
             anchor_sizes=(8, 16, 32, 48, 64),
             num_proposals=100,
-            num_sampled=32,
+            num_sampled=24,
         ),
         preprocessing=DetectionPreprocessing(image_size=_IMAGE_SIZE),
         augmentation=DetectionAugmentation(min_scale=1.0, max_scale=1.0, vertical_flip=0.5),
-        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=30, weight_decay=0.05),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=30, weight_decay=0.05),
         epochs=6,
         batch_size=8,
     )
