@@ -1,7 +1,7 @@
 """Brings detections from the pixels of a model's input to those of the picture in its file."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from visionmamba.data.object_masks import Counts, encode_mask
-from visionmamba.tasks.run_lengths import compress
 
 _MASK_THRESHOLD = 0.5
 
@@ -79,35 +78,6 @@ def own_objects(
         labels=labels.cpu().to(torch.int64).numpy(),
         masks=tuple(runs),
     )
-
-
-def coco_results(
-    found: FoundObjects, *, image_id: int, category_ids: Sequence[int], size: tuple[int, int]
-) -> list[dict[str, Any]]:
-    """Returns objects as COCO's results list them, ready for JSON.
-
-    Args:
-        found: the objects of a picture.
-        image_id: number of the picture in its annotation file.
-        category_ids: number of each class there.
-        size: (height, width) of the picture.
-    """
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": [left, top, right - left, bottom - top],
-            "score": score,
-            "segmentation": {"size": list(size), "counts": compress(counts)},
-        }
-        for (left, top, right, bottom), label, score, counts in zip(
-            found.boxes.tolist(),
-            found.labels.tolist(),
-            found.scores.tolist(),
-            found.masks,
-            strict=True,
-        )
-    ]
 
 
 def _own_mask(

@@ -18,15 +18,12 @@ from visionmamba.data import MAX_PIXELS, DetectionPreprocessing, explain_out_of_
 from visionmamba.data.object_masks import Counts, decode_mask
 from visionmamba.models.weights import resolve_device
 from visionmamba.tasks.classifier import Picture, as_image
-from visionmamba.tasks.detection_sizes import FoundObjects, coco_results
+from visionmamba.tasks.detection import TASK_NAME
 from visionmamba.tasks.files import plain_name, replace_file
 from visionmamba.tasks.overlay import Palette, add_legend, draw_objects, palette_of
 from visionmamba.tasks.run_lengths import compress
 from visionmamba.tasks.task_weights import TaskWeights
 from visionmamba.tasks.tiles import DetectionInference, find_objects
-
-TASK_NAME = "detection"
-"""What weights files call this task."""
 
 _MIN_PICTURE_SIDE_PX = 512
 
@@ -145,9 +142,17 @@ class Detections:
         Args:
             image_id: number of the picture in the annotation file.
         """
-        found = FoundObjects(self.boxes, self.scores, self.labels, self.run_lengths)
-        size = (self.picture.height, self.picture.width)
-        return coco_results(found, image_id=image_id, category_ids=self.category_ids, size=size)
+        return [
+            {
+                "image_id": image_id,
+                "category_id": one["category_id"],
+                "bbox": [left, top, right - left, bottom - top],
+                "score": one["score"],
+                "segmentation": one["mask"],
+            }
+            for one in self.to_dict()["objects"]
+            for left, top, right, bottom in [one["box"]]
+        ]
 
     def save(self, folder: str | Path, *, name: str | None = None) -> Path:
         """Writes NAME.json and NAME_overlay.png into a folder, which is made when missing.
