@@ -248,6 +248,8 @@ def evaluate_detection(
     )
     for batch in shown:
         rows = held_rows(batch)
+        if not rows:
+            continue
         with (
             explain_out_of_memory(batch_size),
             torch.inference_mode(),
