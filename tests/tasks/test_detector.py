@@ -199,9 +199,9 @@ class _TwoCells(torch.nn.Module):
 
 def test_legend_names_and_counts_the_classes() -> None:
     shown = detector()(picture()).overlay(legend=True)
-    assert shown.width == 80 * 6
-    assert shown.height > 60 * 6
-    legend = shown.crop((0, 360, shown.width, shown.height))
+    assert shown.width == 80 * 7
+    assert shown.height > 60 * 7
+    legend = shown.crop((0, 420, shown.width, shown.height))
     assert legend.getpixel((10, 10)) == (0, 200, 0)
 
 
