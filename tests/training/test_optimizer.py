@@ -113,9 +113,16 @@ def test_dropping_schedule_is_that_of_the_published_detection() -> None:
         rate = 1e-4 * 0.1 ** sum(step >= drop for drop in drops)
         return rate * (1e-3 * (1 - step / 250) + step / 250) if step < 250 else rate
 
-    rates = rates_of(config, steps_per_epoch=steps, epochs=1)
     for step in (0, 1, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374):
-        assert rates[step] == pytest.approx(published(step)), step
+        share = config.dropping_lr_share(step, num_warmup=250, num_steps=steps)
+        assert 1e-4 * share == pytest.approx(published(step)), step
+
+
+def test_optimizer_follows_the_drops() -> None:
+    config = OptimizerConfig(
+        lr=1.0, schedule="drops", drops_at=(0.5, 0.75), drop_factor=0.5, warmup_steps=1
+    )
+    assert rates_of(config, steps_per_epoch=4, epochs=1) == [0.0, 1.0, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(
