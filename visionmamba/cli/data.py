@@ -1,5 +1,6 @@
 """`visionmamba check`: whether pictures with masks, or with objects, can be used."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def _holds_coco(data: Path) -> bool:
 
 def _check_objects(options: Check) -> int:
     from visionmamba.data import check_objects
+    from visionmamba.data.object_check import NO_AREA
 
     with _progress() as progress:
         report = check_objects(
@@ -72,8 +74,8 @@ def _check_objects(options: Check) -> int:
     _print_objects(report)
     _print_problems(
         [(one.kind, one.message) for one in report.problems],
-        report.num_problems,
         is_saved=options.out is not None,
+        harmless=NO_AREA,
     )
     return 0 if report.is_usable else EXIT_FAILED
 
@@ -94,9 +96,7 @@ def _check_masks(options: Check) -> int:
         print(report.save(options.out))
     _print_masks(report)
     _print_problems(
-        [(one.kind, one.message) for one in report.problems],
-        report.num_problems,
-        is_saved=options.out is not None,
+        [(one.kind, one.message) for one in report.problems], is_saved=options.out is not None
     )
     return EXIT_FAILED if report.problems else 0
 
@@ -150,15 +150,19 @@ def _print_masks(report: "MaskReport") -> None:
 
 
 def _print_problems(
-    problems: Sequence[tuple[str, str]], num_problems: dict[str, int], *, is_saved: bool
+    problems: Sequence[tuple[str, str]], *, is_saved: bool, harmless: str | None = None
 ) -> None:
+    """Prints kinds and messages, and how many there are of each kind."""
     for kind, message in problems[:_MAX_SHOWN_PROBLEMS]:
         print(f"{kind}: {message}")
     hidden = len(problems) - _MAX_SHOWN_PROBLEMS
     if hidden > 0:
         print(f"and {hidden} more" + ("" if is_saved else "; --out DIR writes all"))
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in num_problems.items())
-    print(f"wrong: {kinds}" if kinds else "nothing is wrong")
+    counts = Counter(kind for kind, _ in problems)
+    num_harmless = counts.pop(harmless, 0) if harmless else 0
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
+    left_out = f"; left out: {num_harmless} x {harmless}" if num_harmless else ""
+    print((f"wrong: {kinds}" if kinds else "nothing is wrong") + left_out)
 
 
 def _cells(counts: "ClassCounts") -> list[str]:

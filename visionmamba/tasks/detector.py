@@ -92,7 +92,7 @@ class Detections:
         Raises:
             ValueError: the opacity is out of range.
         """
-        scale = max(1, _MIN_PICTURE_SIDE_PX // max(self.picture.size)) if legend else 1
+        scale = -(-_MIN_PICTURE_SIDE_PX // max(self.picture.size)) if legend else 1
         drawn = draw_objects(
             self.picture,
             boxes=self.boxes,
