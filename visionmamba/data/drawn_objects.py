@@ -42,9 +42,9 @@ class DrawnObjects:
     """Pictures to learn from."""
     num_val: int = 64
     """Pictures to judge on."""
-    image_size: int = 96
+    image_size: int = 64
     """Side in pixels."""
-    max_objects: int = 4
+    max_objects: int = 3
     """Most objects of a picture that are not large."""
     large_share: float = 0.25
     """Share of the pictures with a large object, spread evenly."""
