@@ -284,6 +284,17 @@ def test_global_blocks_are_the_last_of_each_part_and_only_they_see_beyond_a_wind
     assert bool((model.last_map(images) != model.last_map(changed)).any(dim=1).all())
 
 
+@torch.no_grad()
+def test_blocks_with_windows_are_run_as_modules_which_sharding_and_compilation_hook_into():
+    config = DeiTConfig(image_size=32, patch_size=8, d_model=16, depth=3, num_heads=2)
+    model = WindowedDeiT(config, window_size=2, num_global=1).eval()
+    run = []
+    for number, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, number=number: run.append(number))
+    model.last_map(torch.randn(1, 3, 32, 32))
+    assert run == [0, 1, 2]
+
+
 def test_more_global_blocks_than_blocks_are_refused():
     with pytest.raises(ValueError, match="of 12 blocks between 1 and 12 can be global; got 13"):
         WindowedDeiT(DeiTConfig(), window_size=14, num_global=13)

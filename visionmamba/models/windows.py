@@ -3,8 +3,6 @@
 The last map of a plain backbone only; the classifier is in deit.py, detectors in detection.py.
 """
 
-from typing import cast
-
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ class WindowedDeiT(DeiT):
     def __init__(
         self, config: DeiTConfig, *, window_size: int | None = None, num_global: int = 4
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, block=WindowBlock)
         if window_size is not None and not 0 < num_global <= config.depth:
             raise ValueError(
                 f"of {config.depth} blocks between 1 and {config.depth} can be global; "
@@ -55,16 +53,41 @@ class WindowedDeiT(DeiT):
         patches = self.patch_embed(images)  # (B, h, w, D)
         batch, height, width, d_model = patches.shape
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(patches)))
-        for i, block in enumerate(cast(list[Block], list(self.blocks))):
-            if self.window_size is None or i in self.global_blocks:
-                tokens = block(tokens)
-                continue
-            normed = block.norm1(tokens).reshape(batch, height, width, d_model)
-            attended = attend_in_windows(block.attn, normed, self.window_size).flatten(1, 2)
-            tokens = tokens + block.drop_path1(block.ls1(attended))
-            tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+        for i, block in enumerate(self.blocks):
+            window_size = None if i in self.global_blocks else self.window_size
+            tokens = block(tokens, window_size=window_size, grid=(height, width))
         last: Tensor = tokens.transpose(1, 2).reshape(batch, d_model, height, width)
         return last
+
+
+class WindowBlock(Block):
+    """timm's block, whose attention can be confined to windows of a map."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        window_size: int | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Return the tokens (B, L, D) after the block.
+
+        Args:
+            x: the tokens.
+            attn_mask, is_causal: of global attention, as timm takes them.
+            window_size: side of a window; None is global attention.
+            grid: (height, width) of the map that the tokens are, row after row.
+        """
+        if window_size is None or grid is None:
+            causal = (True,) if is_causal else ()  # older timm knows no such argument
+            return super().forward(x, attn_mask, *causal)
+        normed = self.norm1(x).unflatten(1, grid)
+        attended = attend_in_windows(self.attn, normed, window_size).flatten(1, 2)
+        x = x + self.drop_path1(self.ls1(attended))
+        tokens: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return tokens
 
 
 def attend_in_windows(attention: nn.Module, x: Tensor, size: int) -> Tensor:
