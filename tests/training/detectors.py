@@ -1,16 +1,12 @@
-"""Detection that takes seconds and whose validation has something to score from the start."""
+"""Detection whose validation has something to score from the start, in seconds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tests.recipes.detectors import small_recipe
 from tests.tasks.truthful import Truthful
-from visionmamba.data import DetectionAugmentation, DetectionPreprocessing, DrawnObjects
-from visionmamba.models import DetectorConfig, VimConfig
 from visionmamba.recipes import DetectionRecipe
-from visionmamba.training import Experiment, OptimizerConfig
-
-STEPS_PER_EPOCH = 2
-_SIDE = 64
+from visionmamba.training import Experiment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +25,7 @@ class KnowingRecipe(DetectionRecipe):
 
 
 def knowing_recipe(**changes: Any) -> KnowingRecipe:
-    """Returns the small run that knows what it is validated on."""
-    return KnowingRecipe(**{**vars(small_detection()), **changes})
-
-
-def small_detection(**changes: Any) -> DetectionRecipe:
-    """Returns two epochs, of two steps each, of a tiny Vim; nine pictures to validate on."""
-    options: dict[str, Any] = {
-        "name": "small",
-        "data": DrawnObjects(num_train=8, num_val=9, image_size=_SIDE),
-        "model": DetectorConfig(
-            backbone=VimConfig(image_size=_SIDE, d_model=16, depth=2, readout="mean"),
-            num_classes=3,
-            channels=8,
-            box_width=8,
-            num_proposals=20,
-            num_sampled=8,
-        ),
-        "preprocessing": DetectionPreprocessing(image_size=_SIDE),
-        "augmentation": DetectionAugmentation(min_scale=1.0, max_scale=1.0),
-        "optimizer": OptimizerConfig(lr=1e-3, warmup_steps=1),
-        "epochs": 2,
-        "batch_size": 4,
-        "ema_decay": 0.9,
-        "log_every_steps": 1,
-    }
-    return DetectionRecipe(**{**options, **changes})
+    """Returns an epoch of two steps with a moving average; nine pictures to validate on."""
+    recipe = small_recipe(epochs=1, ema_decay=0.9)
+    recipe = replace(recipe, data=replace(recipe.data, num_val=9), **changes)
+    return KnowingRecipe(**vars(recipe))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.detectors import knowing_recipe, small_detection
+from tests.recipes.detectors import small_recipe
+from tests.training.detectors import knowing_recipe
 from tests.training.ranks import (
     NOT_FINITE,
     STOPPED,
@@ -110,10 +111,10 @@ def test_two_processes_put_their_detections_together(tmp_path: Path, strategy: s
 def test_two_gpus_train_a_detector(tmp_path: Path, strategy: str) -> None:
     out = tmp_path / "run"
     codes = train_in_ranks(
-        out, ranks=2, make=small_detection, strategy=strategy, device="cuda", precision="bfloat16"
+        out, ranks=2, make=small_recipe, strategy=strategy, device="cuda", precision="bfloat16"
     )
     assert codes == [0, 0]
-    assert "val_mask_ap_ema" in average_precisions(out)[-1]
+    assert "val_mask_ap" in average_precisions(out)[-1]
 
 
 @pytest.mark.gpu
