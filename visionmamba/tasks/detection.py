@@ -117,6 +117,8 @@ class DetectionTask(nn.Module):
         ]
         score = f"detections, score {self.inference.min_score:g} and more"
         picture = draw_rows(drawn, ("picture", "objects", score), side=_DRAWN_SIDE_PX)
+        if len(self.class_names) == 1:
+            return picture  # in which each object has a colour of its own
         return add_legend(picture, list(zip(self.class_names, self.palette, strict=True)))
 
     def save_weights(self, path: Path) -> None:
