@@ -48,6 +48,8 @@ def check(given: list[str]) -> int:
     is_coco = options.format == "coco" or (options.format is None and _holds_coco(options.data))
     if options.images is not None and not is_coco:
         raise ValueError("--images is for an annotation file in COCO's format; leave it out")
+    if options.format is None and not is_coco:
+        _require_masks(options.data)
     return _check_objects(options) if is_coco else _check_masks(options)
 
 
@@ -55,6 +57,17 @@ def _holds_coco(data: Path) -> bool:
     from visionmamba.data import Coco
 
     return data.suffix == ".json" or any(map(Coco(root=data).has, ("train", "val")))
+
+
+def _require_masks(data: Path) -> None:
+    """Raises ValueError for a folder that holds nothing that can be checked."""
+    from visionmamba.data.mask_folders import LAYOUTS, holds_masks
+
+    if data.is_dir() and not holds_masks(data):
+        raise ValueError(
+            f"{data} holds no pictures with masks or objects in a known layout; wanted {LAYOUTS}; "
+            "or annotations/val.json (COCO), or the annotation file itself under any other name"
+        )
 
 
 def _check_objects(options: Check) -> int:

@@ -198,8 +198,8 @@ class Coco:
                 return self.root / place
         kind = "annotation file" if what == "annotations" else "folder of images"
         raise FileNotFoundError(
-            f"there is no {kind} of {split} in {self.root}; wanted {_either(places)}, or set "
-            f"{split}_{what}"
+            f"there is no {kind} of {split} in {self.root}; wanted {_either(places)}: name another "
+            f"with {split}_{what}, or give eval and check the annotation file itself"
         )
 
     def _places(self, split: str, what: str, patterns: Sequence[str]) -> list[Path]:
