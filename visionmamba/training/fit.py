@@ -63,7 +63,8 @@ class FitResult:
     out: Path
     """Folder of the run."""
     metrics: dict[str, float]
-    """Validation metrics after the last epoch, by names that begin with "val_"."""
+    """Validation metrics after the last epoch, by names that begin with "val_"; one that cannot be
+    judged is left out."""
     best: dict[str, float]
     """The same, and "epoch", for the epoch whose weights are in best.safetensors."""
     best_ema: dict[str, float]
