@@ -179,8 +179,12 @@ def test_objects_of_a_single_class_have_colours_of_their_own() -> None:
     one_class = Detector(
         _TwoCells(), preprocessing=PLAIN, class_names=names, category_ids=ids, device="cpu"
     )
-    drawn = one_class(picture()).overlay(opacity=1)
+    found = one_class(picture())
+    drawn = found.overlay(opacity=1)
     assert drawn.getpixel((4, 4)) != drawn.getpixel((24, 24))
+    legend = found.overlay(legend=True).crop((0, 420, 560, 440))
+    assert legend.getpixel((10, 10)) == (255, 255, 255)
+    assert found.counts == {"cell": 2}
 
 
 class _TwoCells(torch.nn.Module):

@@ -26,6 +26,7 @@ from visionmamba.tasks.task_weights import TaskWeights
 from visionmamba.tasks.tiles import DetectionInference, find_objects
 
 _MIN_PICTURE_SIDE_PX = 512
+_NO_COLOUR = (255, 255, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,8 @@ class Detections:
         if not legend:
             return drawn
         colours = dict(zip(self.class_names, self.palette, strict=True))
+        if len(colours) == 1:
+            colours = dict.fromkeys(colours, _NO_COLOUR)  # each object has its own
         entries = [(f"{count} {name}", colours[name]) for name, count in self.counts.items()]
         return add_legend(drawn, entries)
 
