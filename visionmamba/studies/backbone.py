@@ -73,7 +73,7 @@ class BackboneComparison(StudySettings):
     """Pictures of a step in classification."""
     window_size: int | None = None
     """Detection: side in patches of the windows that DeiT's attention is confined to, as in ViTDet
-    (there 14), but for every third block; None lets all blocks see the whole picture, as Vim's do."""
+    (there 14), but for every third block; None lets all blocks see the whole picture, as Vim's."""
     overlays: int = 0
     """Detection: so many pictures of the validation split, those with the largest objects, are
     drawn with what each variant finds in them."""
