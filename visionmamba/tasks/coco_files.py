@@ -74,6 +74,6 @@ class CocoFiles:
             "categories": self._categories,
             "annotations": [],
         }
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(content, indent=2) + "\n"
         replace_file(self._folder / f"{IMAGES_NAME}.json", text)
         os.replace(self._temporary, self._folder / f"{RESULTS_NAME}.json")
