@@ -105,6 +105,16 @@ def test_a_sliver_of_an_object_gives_way_too() -> None:
     assert rows(joined(objects(sliver), objects(whole))) == [([45, 10, 75, 20], 0.6, 1)]
 
 
+def test_what_is_hardly_believed_changes_nothing() -> None:
+    piece, doubtful = ((30, 10, 60, 20), 0.9, 1), ((42, 8, 80, 22), 0.2, 1)
+    assert rows(joined(objects(piece), objects(doubtful))) == [
+        ([30, 10, 60, 20], 0.9, 1),
+        ([42, 8, 80, 22], 0.2, 1),
+    ]
+    wide = ((40, 0, 100, 40), 0.2, 1)
+    assert len(joined(objects(piece), objects(wide)).labels) == 2
+
+
 def test_an_object_larger_than_windows_is_pieced_together() -> None:
     first, second = ((10, 10, 60, 20), 0.6, 2), ((40, 10, 90, 22), 0.9, 2)
     found = joined(objects(first), objects(second))

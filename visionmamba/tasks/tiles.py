@@ -6,15 +6,16 @@ compared by their masks in the part that both windows show, class by class:
 - two that no inner edge of their windows cuts are one object when the intersection of their masks
   is more than half of the union; the better scored one stays;
 - one that an inner edge cuts is dropped when another that is whole covers more than half of it
-  there;
-- those cut ones that are left are one object when one covers more than half of the other: the union
-  of their masks, the box around their boxes, the best of their scores.
+  there, and is scored at least half as high;
+- those cut ones that are left are one object when one covers more than half of the other, and the
+  scores of both differ by no more than a factor of two: the union of their masks, the box around
+  their boxes, the best of their scores.
 
 So an object is seen whole when it fits into what neighbouring windows share, and is pieced together
 when it does not; windows should be larger than the objects.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from visionmamba.tasks.detection_sizes import FoundObjects, own_objects
 from visionmamba.tasks.sliding import Windows, window_starts
 
 _SAME = 0.5
+_CREDIBLE = 0.5  # of another's score: what is believed less does not change that one
 _EDGE_SHARE = 1 / 128  # of a window's side: boxes that end so close to an inner edge are cut
 
 
@@ -111,12 +113,6 @@ def find_objects(
     return join_windows(windows, found, size=size)
 
 
-def _cut_out(image: Image.Image, window: Window) -> Image.Image:
-    if window == (0, 0, image.height, image.width):
-        return image
-    return image.crop((window.left, window.top, window.right, window.bottom))
-
-
 def cut_windows(size: tuple[int, int], inference: DetectionInference) -> list[Window]:
     """Returns the windows over a picture of (height, width), row after row.
 
@@ -153,27 +149,11 @@ def join_windows(
     is_cut = np.concatenate([
         _cut(window, one.boxes, size) for window, one in zip(windows, found, strict=True)
     ])  # fmt: skip
-    whole_pairs: list[tuple[int, int]] = []
-    covering: set[int] = set()
-    cut_pairs: list[tuple[int, int]] = []
-    for overlap in _overlaps(windows, found, together, size[0]):
-        first, second = overlap.first, overlap.second
-        if not (is_cut[first] or is_cut[second]):
-            if overlap.shared > _SAME * (sum(overlap.areas) - overlap.shared):
-                whole_pairs.append((first, second))
-            continue
-        covers = [overlap.shared > _SAME * area for area in overlap.areas]  # by the other one
-        if is_cut[first] and is_cut[second]:
-            if any(covers):
-                cut_pairs.append((first, second))
-        elif covers[0] and is_cut[first]:
-            covering.add(first)
-        elif covers[1] and is_cut[second]:
-            covering.add(second)
-    dropped = covering | _worse(whole_pairs, together.scores)
+    pairs = _same_objects(_overlaps(windows, found, together, size[0]), is_cut, together.scores)
+    dropped = pairs.covered | _worse(pairs.whole, together.scores)
     groups = _groups(
         [place for place in range(len(is_cut)) if place not in dropped],
-        [pair for pair in cut_pairs if not dropped.intersection(pair)],
+        [pair for pair in pairs.cut if not dropped.intersection(pair)],
     )
     return _best_first(
         FoundObjects(
@@ -184,6 +164,12 @@ def join_windows(
                         for group in groups),
         )
     )  # fmt: skip
+
+
+def _cut_out(image: Image.Image, window: Window) -> Image.Image:
+    if window == (0, 0, image.height, image.width):
+        return image
+    return image.crop((window.left, window.top, window.right, window.bottom))
 
 
 class _Overlap(NamedTuple):
@@ -231,6 +217,39 @@ def _overlaps(
             if shared:
                 areas = int(np.count_nonzero(masks[0])), int(np.count_nonzero(masks[1]))
                 yield _Overlap(*pair, areas, shared)
+
+
+class _Pairs(NamedTuple):
+    """What is one object, by places in a list of all."""
+
+    whole: list[tuple[int, int]]
+    """Two that are whole."""
+    cut: list[tuple[int, int]]
+    """Two that are cut."""
+    covered: set[int]
+    """Cut ones of which another window shows the whole."""
+
+
+def _same_objects(
+    overlaps: Iterable[_Overlap], is_cut: NDArray[np.bool_], scores: NDArray[np.float64]
+) -> _Pairs:
+    """Returns which of the objects that overlap are the same."""
+    pairs = _Pairs([], [], set())
+    for first, second, areas, shared in overlaps:
+        if not (is_cut[first] or is_cut[second]):
+            if shared > _SAME * (sum(areas) - shared):
+                pairs.whole.append((first, second))
+            continue
+        covered = [shared > _SAME * area for area in areas]
+        if is_cut[first] and is_cut[second]:
+            low, high = sorted((scores[first], scores[second]))
+            if any(covered) and low >= _CREDIBLE * high:
+                pairs.cut.append((first, second))
+            continue
+        piece, whole = (first, second) if is_cut[first] else (second, first)
+        if covered[piece == second] and scores[whole] >= _CREDIBLE * scores[piece]:
+            pairs.covered.add(piece)
+    return pairs
 
 
 def _shared_parts(windows: Sequence[Window]) -> Iterator[tuple[int, int, NDArray[np.float64]]]:
