@@ -39,7 +39,8 @@ def draw_curves(metrics_file: Path, target: Path, *, monitor: str, title: str) -
         )
     losses.set(xlabel="epoch", ylabel="loss", title=title)
     losses.legend(frameon=False)
-    metric.plot(epochs, [row[monitor] for row in judged], color="#00798c")
+    marker = "o" if len(judged) == 1 else None  # a line through one point is not seen
+    metric.plot(epochs, [row[monitor] for row in judged], color="#00798c", marker=marker)
     metric.set(xlabel="epoch", ylabel=monitor.replace("_", " "))
     if judged:
         metric.set_title(f"last epoch: {judged[-1][monitor]:.4f}")
