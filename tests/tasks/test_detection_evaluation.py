@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.once
 
 SIDE = 64
 PREPROCESSING = DetectionPreprocessing(image_size=SIDE)
-DATA = DrawnObjects(num_train=2, num_val=7, image_size=SIDE, empty_share=0.15)
+DATA = DrawnObjects(num_train=2, num_val=7, image_size=SIDE, max_objects=6, empty_share=0.15)
 NAMES = ("disc", "square", "triangle")
 
 
