@@ -251,7 +251,9 @@ def test_info_names_versions_devices_and_backends(capsys: Output) -> None:
 
 def test_bench_lists_its_benchmarks(capsys: Output) -> None:
     assert main(["bench", "--help"]) == 0
-    assert "{efficiency,segmentation,detection,kernels,complexity,loader}" in capsys.readouterr().out
+    assert (
+        "{efficiency,segmentation,detection,kernels,complexity,loader}" in capsys.readouterr().out
+    )
 
 
 def test_bench_complexity_prints_tables_and_writes_files(tmp_path: Path, capsys: Output) -> None:
