@@ -15,8 +15,8 @@ def vim_objects() -> DetectionRecipe:
 
     Source: ours.
     Run:    visionmamba train vim_objects --out runs/vim_objects
-    Here:   box AP50 91.9, mask AP50 92.3 on 64 held-out pictures, seed 0, in 128 s of processor time
-            on one core of a busy x86-64.
+    Here:   box AP50 91.9, mask AP50 92.3 on 64 held-out pictures, seed 0, in 128 s of one core of a
+            busy x86-64.
     """
     return DetectionRecipe(
         name="vim_objects",
