@@ -54,15 +54,15 @@ def draw_largest_objects(result: "StudyResult", count: int, *, device: str = "au
     assert isinstance(recipe, DetectionRecipe)
     pictures = recipe.data.open("val")
     chosen = choose_largest(pictures, count)
-    titles: list[str] = ["objects"]
-    columns = [[_draw_truth(pictures, index) for index in chosen]]
+    titles = ["objects"]
+    columns = [[_truth(pictures, index) for index in chosen]]
     for variant in study.variants:
         runs = result.runs_that_count(variant)
         done = [run for run in runs if result.outcomes[run].failure is None]
         if done:
             weights = study.folder_of(done[0]) / f"{study.judged}.safetensors"
             detector = Detector.load(weights, device=device)
-            columns.append([detector(pictures.image(index)).overlay() for index in chosen])
+            columns.append([_found(detector, pictures, index) for index in chosen])
             titles.append(f"{variant.name}, seed {done[0].seed}")
     sheet = draw_rows(list(zip(*columns, strict=True)), titles, side=_SIDE_PX)
     path = study.out / f"{study.name}_overlays.png"
@@ -70,13 +70,34 @@ def draw_largest_objects(result: "StudyResult", count: int, *, device: str = "au
     return path
 
 
-def _draw_truth(pictures: DetectionSet, index: int) -> Image.Image:
-    objects = pictures.objects(index)
+def _truth(pictures: DetectionSet, index: int) -> Image.Image:
+    image, objects = pictures.image(index), pictures.objects(index)
     return draw_objects(
-        pictures.image(index),
+        image,
         boxes=objects.boxes,
         labels=objects.labels,
         class_names=pictures.class_names,
         palette=palette_of(None, len(pictures.class_names)),
         masks=objects.masks,
+        scale=_scale(image),
     )
+
+
+def _found(detector: Detector, pictures: DetectionSet, index: int) -> Image.Image:
+    image = pictures.image(index)
+    found = detector(image)
+    return draw_objects(
+        image,
+        boxes=found.boxes,
+        labels=found.labels,
+        class_names=found.class_names,
+        palette=found.palette,
+        masks=found.run_lengths,
+        scores=found.scores,
+        scale=_scale(image),
+    )
+
+
+def _scale(image: Image.Image) -> int:
+    """Returns how many times a picture is enlarged, so that names do not hide a small one."""
+    return max(1, _SIDE_PX // max(image.size))
