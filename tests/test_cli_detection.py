@@ -36,7 +36,7 @@ def weights(tmp_path: Path) -> Path:
         head="mask",
         channels=8,
         box_width=16,
-        num_proposals=8,
+        num_proposals=4,
         score_threshold=0.0,
         max_detections=5,
     )
@@ -179,7 +179,7 @@ def test_predict_writes_what_coco_reads(weights: Path, tmp_path: Path, capsys: O
 def test_predicted_json_is_that_of_the_files(weights: Path, tmp_path: Path, capsys: Output) -> None:
     out, folder = tmp_path / "out", coco(tmp_path / "set") / "val"
     given = ["predict", str(weights), str(folder), "--device", "cpu", "--json", "--out", str(out)]
-    assert main([*given, "--mode", "slide", "--crop-size", "24", "--min-score", "0.2"]) == 0
+    assert main([*given, "--mode", "slide", "--crop-size", "32", "--min-score", "0.2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == [json.loads((out / f"{number}.json").read_text()) for number in (5, 6, 9)]
 

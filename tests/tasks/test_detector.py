@@ -79,7 +79,7 @@ def model() -> torch.nn.Module:
         head="mask",
         channels=8,
         box_width=16,
-        num_proposals=8,
+        num_proposals=4,
         score_threshold=0.0,
         max_detections=5,
     )
@@ -255,7 +255,7 @@ def test_names_do_not_leave_the_folder(tmp_path: Path, name: str) -> None:
 def test_weights_take_pictures_of_any_size(
     weights: Path, shape: tuple[int, ...], mode: Any
 ) -> None:
-    inference = DetectionInference(mode=mode, crop_size=64, stride=48, min_score=0.0)
+    inference = DetectionInference(mode=mode, crop_size=80, stride=50, min_score=0.0)
     loaded = Detector.load(weights, device="cpu", inference=inference)
     found = loaded(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     assert found.masks.shape == (len(found), *shape[:2])
@@ -386,7 +386,7 @@ def test_wrong_numbers_of_the_classes_are_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["whole", "slide"])
 def test_gpu_agrees_with_the_cpu(weights: Path, mode: Any) -> None:
-    inference = DetectionInference(mode=mode, crop_size=64, stride=48, min_score=0.0)
+    inference = DetectionInference(mode=mode, crop_size=80, stride=50, min_score=0.0)
     pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
     found = [
         Detector.load(weights, device=device, inference=inference)(pixels)
