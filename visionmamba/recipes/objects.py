@@ -68,7 +68,7 @@ def vim_large_objects() -> DetectionRecipe:
         preprocessing=DetectionPreprocessing(image_size=_LARGE_IMAGE_SIZE),
         augmentation=DetectionAugmentation(min_scale=0.5, max_scale=1.0, vertical_flip=0.5),
         optimizer=OptimizerConfig(
-            lr=5e-4, schedule="linear", warmup_steps=100, min_lr=0.0, weight_decay=0.05
+            lr=5e-4, schedule="linear", warmup_steps=50, min_lr=0.0, weight_decay=0.05
         ),
         epochs=8,
         epoch_steps=50,
