@@ -82,8 +82,9 @@ def test_models_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_training_step_reaches_every_parameter() -> None:
-    one = Pass(case_of("deit-window", detector="mask", mode="train", resolution=32, num_classes=2))
+@pytest.mark.parametrize("model", ["deit-window", "deit-checkpoint"])
+def test_training_step_reaches_every_parameter(model: ModelName) -> None:
+    one = Pass(case_of(model, detector="mask", mode="train", num_classes=2))
     one.prepare()
     one.run()
     names = {name for name, _ in one.named_gradients()}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -281,9 +281,11 @@ def _checkpoint_blocks(model: "DeiT") -> None:
             super().__init__()
             self.block = block
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, **options: Any) -> Tensor:
             # nothing in a block is random, and saving the generator cannot be captured
-            out: Tensor = checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)
+            out: Tensor = checkpoint(
+                self.block, x, use_reentrant=False, preserve_rng_state=False, **options
+            )
             return out
 
     model.blocks = nn.Sequential(*map(Checkpointed, model.blocks))
