@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from tests.data.test_image_files import png_that_claims
 from tests.models.published import drawn_weights, golden_case, published_shapes
 from visionmamba.cli import main
-from visionmamba.cli.use import Predict, _print_evaluation
+from visionmamba.cli.classifiers import _print_evaluation
+from visionmamba.cli.use import Predict
 from visionmamba.data import MAX_PIXELS, Preprocessing
 from visionmamba.models import VimConfig, load, load_published, save
 from visionmamba.tasks import Evaluation
@@ -250,7 +251,9 @@ def test_info_names_versions_devices_and_backends(capsys: Output) -> None:
 
 def test_bench_lists_its_benchmarks(capsys: Output) -> None:
     assert main(["bench", "--help"]) == 0
-    assert "{efficiency,segmentation,kernels,complexity,loader}" in capsys.readouterr().out
+    assert (
+        "{efficiency,segmentation,detection,kernels,complexity,loader}" in capsys.readouterr().out
+    )
 
 
 def test_bench_complexity_prints_tables_and_writes_files(tmp_path: Path, capsys: Output) -> None:

@@ -52,7 +52,7 @@ def test_many_problems_are_cut_short(tmp_path: Path, capsys: Output) -> None:
     [
         (["nowhere"], "there is no folder nowhere; wanted one of pictures with masks"),
         ([".", "--format", "cityscapes"], "there is no folder leftImg8bit/train; wanted"),
-        (["."], "holds no pictures with masks in a known layout"),
+        (["."], "holds no pictures with masks or objects in a known layout"),
         ([".", "--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
     ],
 )

@@ -32,6 +32,7 @@ DOCUMENTS = (
     "docs/weights.md",
     "docs/training.md",
     "docs/segmentation.md",
+    "docs/detection.md",
     "docs/log.md",
 )
 

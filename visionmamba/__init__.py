@@ -11,6 +11,7 @@ from visionmamba._timm_hook import register_with_timm
 if TYPE_CHECKING:
     from visionmamba.models.config import VimConfig
     from visionmamba.models.deit import DeiTConfig
+    from visionmamba.models.detection import DetectorConfig
     from visionmamba.models.mixer import BidirectionalMixer
     from visionmamba.models.optimize import optimize
     from visionmamba.models.published import load_published
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from visionmamba.models.weights import load, save
     from visionmamba.ops import selective_scan
     from visionmamba.tasks.classifier import Classification, Classifier
+    from visionmamba.tasks.detector import Detections, Detector
     from visionmamba.tasks.segmenter import Segmentation, Segmenter
 
 __version__ = "0.1.0"
@@ -28,6 +30,9 @@ __all__ = [
     "Classification",
     "Classifier",
     "DeiTConfig",
+    "Detections",
+    "Detector",
+    "DetectorConfig",
     "Segmentation",
     "Segmenter",
     "SegmenterConfig",
@@ -47,6 +52,9 @@ _HOMES = {
     "Classification": "visionmamba.tasks.classifier",
     "Classifier": "visionmamba.tasks.classifier",
     "DeiTConfig": "visionmamba.models.deit",
+    "Detections": "visionmamba.tasks.detector",
+    "Detector": "visionmamba.tasks.detector",
+    "DetectorConfig": "visionmamba.models.detection",
     "Segmentation": "visionmamba.tasks.segmenter",
     "Segmenter": "visionmamba.tasks.segmenter",
     "SegmenterConfig": "visionmamba.models.segmentation",

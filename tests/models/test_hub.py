@@ -12,6 +12,7 @@ import torch
 from tests.models.published import golden_case
 from visionmamba import Vim, VimConfig, save
 from visionmamba.models import DeiTConfig
+from visionmamba.models.hub import find_weights
 from visionmamba.models.released import PUBLISHED_MODELS, models_table
 
 CONFIG = VimConfig(image_size=32, patch_size=8, d_model=16, depth=2, num_classes=3)
@@ -280,3 +281,11 @@ def test_table_lists_every_published_file():
         "hustvl/Vim-tiny-midclstok",
         "vim_t_midclstok_76p1acc.pth",
     ]
+
+
+def test_checkpoint_of_a_run_is_told_from_weights(tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last\.ckpt is what a run .*, best\.safetensors or last"):
+        find_weights(tmp_path / "last.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"weights file run/last\.ckpt is missing"):
+        find_weights("run/last.ckpt")

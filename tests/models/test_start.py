@@ -1,4 +1,4 @@
-"""Segmenters start from weights of every kind, with class tokens and positions in their places."""
+"""Models start from weights of every kind, with class tokens and positions in their places."""
 
 from dataclasses import replace
 
@@ -11,9 +11,11 @@ from tests.models.test_load_published import save_checkpoint
 from visionmamba import load_published, save
 from visionmamba.models import (
     DeiTConfig,
+    DetectorConfig,
     SegmenterConfig,
     VimConfig,
     load_backbone,
+    load_detector,
     load_segmenter,
 )
 from visionmamba.models.embed import resize_grid
@@ -27,6 +29,11 @@ DEIT = DeiTConfig(image_size=32, d_model=32, depth=4, patch_size=8, num_heads=2,
 
 def segmenter(backbone, **options):
     return SegmenterConfig(backbone=backbone, num_classes=5, **options).build().eval()
+
+
+def detector(backbone, *, num_classes=2, **options):
+    small = {"head": "mask", "channels": 8, "box_width": 8, **options}
+    return DetectorConfig(backbone=backbone, num_classes=num_classes, **small).build().eval()
 
 
 @pytest.fixture
@@ -87,7 +94,7 @@ def test_other_meaning_of_the_weights_is_noted(published):
 
 @pytest.mark.parametrize("classifier", [VIM, DEIT], ids=["vim", "deit"])
 @pytest.mark.parametrize("features", ["residual", "normed"])
-def test_own_classifier_gives_the_same_maps(classifier, features, tmp_path):
+def test_own_classifier_gives_a_segmenter_the_same_maps(classifier, features, tmp_path):
     source = classifier.build().eval()
     save(source, tmp_path / "w.safetensors")
     model = segmenter(classifier, features=features)
@@ -98,6 +105,16 @@ def test_own_classifier_gives_the_same_maps(classifier, features, tmp_path):
     assert torch.equal(model.backbone.features(images, [3], kind=features)[0], expected)
     after = model.decode_head.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in head.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_own_classifier_gives_a_detector_the_same_maps(suffix, tmp_path):
+    source, model = VIM.build().eval(), detector(VIM)
+    save(source, tmp_path / f"weights{suffix}")
+    load_backbone(model, tmp_path / f"weights{suffix}")
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model.backbone.features(images, [3])[0], source.features(images, [3])[0])
 
 
 @pytest.mark.parametrize("classifier", [VIM, DEIT], ids=["vim", "deit"])
@@ -128,23 +145,47 @@ def test_published_deit_is_resized_around_its_class_token(suffix, tmp_path):
     assert report.changes == ("position embedding resized from (4, 4) to (4, 6) patches",)
 
 
-def test_deit_without_class_token_drops_its_row(tmp_path):
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_deit_with_windows_drops_the_row_of_its_class_token(is_ours, tmp_path):
     source = DEIT.build()
+    source.pos_embed.data.fill_(3.0)[:, 0] = 100.0  # of the class token
+    path = tmp_path / ("weights.safetensors" if is_ours else "deit.pth")
+    if is_ours:
+        save(source, path)
+    else:
+        torch.save({"model": source.state_dict()}, path)
+    model = detector(replace(DEIT, image_size=48), window_size=2, num_global=1)
+    report = load_backbone(model, path)
+    torch.testing.assert_close(model.backbone.pos_embed.data, torch.full((1, 36, 32), 3.0))
+    loaded = model.backbone.blocks[1].attn.qkv.weight
+    assert torch.equal(loaded, source.blocks[1].attn.qkv.weight)
+    assert report.changes[0] == "position embedding resized from (4, 4) to (6, 6) patches"
+
+
+@pytest.mark.parametrize("backbone", [replace(VIM, readout="mean"), DEIT], ids=["vim", "deit"])
+def test_backbone_of_a_detector_of_other_classes_starts_another(backbone, tmp_path):
+    source, model = detector(backbone), detector(backbone, num_classes=3)
     save(source, tmp_path / "w.safetensors")
-    model = segmenter(DEIT)
-    model.backbone.cls_token = None
-    model.backbone.pos_embed = torch.nn.Parameter(torch.zeros(1, 16, 32))
+    head = model.heads.state_dict()
     load_backbone(model, tmp_path / "w.safetensors")
-    assert torch.equal(model.backbone.pos_embed, source.pos_embed[:, 1:])
+    state = model.backbone.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in source.backbone.state_dict().items())
+    assert all(torch.equal(model.heads.state_dict()[name], t) for name, t in head.items())
+
+
+def test_class_token_that_a_detector_did_not_have_is_missed(tmp_path):
+    save(detector(DEIT), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="without class token, which the backbone to start has"):
+        load_backbone(segmenter(DEIT), tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(
     ("held", "wanted", "message"),
     [
-        (VIM, DEIT, "holds a Vim and the segmenter's backbone is a DeiT"),
-        (DEIT, VIM, "holds a DeiT and the segmenter's backbone is a Vim"),
+        (VIM, DEIT, "holds a Vim and the backbone to start is a DeiT"),
+        (DEIT, VIM, "holds a DeiT and the backbone to start is a Vim"),
         (VIM, replace(VIM, depth=2), "the weights have depth 4, which loading cannot change"),
-        (DEIT, replace(DEIT, depth=2), "has depth 4 and the segmenter's backbone has 2"),
+        (DEIT, replace(DEIT, depth=2), "has depth 4 and the backbone to start has 2"),
         (
             replace(VIM, readout="mean"),
             VIM,
@@ -199,3 +240,23 @@ def test_classifier_is_no_segmenter(tmp_path):
     save(VIM.build(), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="holds a classifier and a segmenter was wanted"):
         load_segmenter(segmenter(VIM), tmp_path / "w.safetensors")
+
+
+def test_detector_goes_on_from_all_its_weights(tmp_path):
+    source, model = detector(VIM), detector(VIM)
+    save(source, tmp_path / "w.safetensors", class_names=("a", "b"))
+    assert load_detector(model, tmp_path / "w.safetensors").class_names == ("a", "b")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], one) for name, one in source.state_dict().items())
+
+
+def test_detector_of_another_class_count_is_refused(tmp_path):
+    save(detector(VIM), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="a detector of 2 classes and the data have 3; take its"):
+        load_detector(detector(VIM, num_classes=3), tmp_path / "w.safetensors")
+
+
+def test_segmenter_is_no_detector(tmp_path):
+    save(segmenter(VIM), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="holds a segmenter and a detector was wanted"):
+        load_detector(detector(VIM), tmp_path / "w.safetensors")

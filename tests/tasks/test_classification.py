@@ -86,11 +86,14 @@ def test_label_smoothing_of_one_is_refused() -> None:
 def test_metrics_count_every_picture_of_unequal_batches() -> None:
     ranked = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     task = fixed_task([ranked] * 3)
-    sums = task.validation_sums(batch([0, 1, 5])) + task.validation_sums(batch([0]))
-    metrics = task.validation_metrics(sums)
+    validation = task.begin_validation()
+    validation.update(batch([0, 1, 5]))
+    validation.update(batch([0]))
+    metrics = validation.metrics()
     assert metrics["val_accuracy"] == 0.5
     assert metrics["val_top5_accuracy"] == 0.75
     assert tuple(metrics) == task.metric_names
+    assert validation.class_metrics() is None
 
 
 def test_saved_task_is_a_classifier(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from visionmamba.data import IGNORE, PADDING, SegmentationBatch, SegmentationPreprocessing
 from visionmamba.models import DeiTConfig, SegmenterConfig
 from visionmamba.tasks import Inference, PixelScores, SegmentationTask, Segmenter
+from visionmamba.tasks.validation import SummedValidation
 
 pytestmark = pytest.mark.once
 
@@ -53,6 +54,15 @@ def batch(seed: int, *, classes: int = 4, size: tuple[int, int] = (24, 20)) -> S
     return SegmentationBatch(torch.randn(2, 3, 24, 20, generator=generator), masks, torch.arange(2))
 
 
+def validated(
+    judged: SegmentationTask, *batches: SegmentationBatch
+) -> SummedValidation[SegmentationBatch]:
+    validation = judged.begin_validation()
+    for one in batches:
+        validation.update(one)
+    return validation
+
+
 def predicted(one: SegmentationBatch) -> Tensor:
     scores: Tensor = _Colours().eval()(one.images)
     return scores.argmax(dim=1)
@@ -68,9 +78,9 @@ def test_metrics_are_torchmetrics_over_the_whole_set() -> None:
     for one in batches:
         for metric in (jaccard, mean_jaccard, recall, overall):
             metric.update(predicted(one), one.masks)
-    sums = sum(judged.validation_sums(one) for one in batches)
-    assert isinstance(sums, Tensor)
-    metrics, by_class = judged.validation_metrics(sums), judged.class_metrics(sums)
+    validation = validated(judged, *batches)
+    metrics, by_class = validation.metrics(), validation.class_metrics()
+    assert by_class is not None
     assert metrics["val_miou"] == pytest.approx(mean_jaccard.compute().item(), abs=TOLERANCE)
     assert metrics["val_macc"] == pytest.approx(recall.compute().mean().item(), abs=TOLERANCE)
     assert metrics["val_aacc"] == pytest.approx(overall.compute().item(), abs=TOLERANCE)
@@ -83,9 +93,8 @@ def test_metrics_are_torchmetrics_over_the_whole_set() -> None:
 def test_mean_over_pictures_would_be_another_number() -> None:
     judged = task().eval()
     batches = [batch(0, classes=2), batch(1)]
-    sums = [judged.validation_sums(one) for one in batches]
-    over_set = judged.validation_metrics(sums[0] + sums[1])["val_miou"]
-    over_batches = [judged.validation_metrics(one)["val_miou"] for one in sums]
+    over_set = validated(judged, *batches).metrics()["val_miou"]
+    over_batches = [validated(judged, one).metrics()["val_miou"] for one in batches]
     assert abs(over_set - sum(over_batches) / 2) > 1e-3
 
 
@@ -99,20 +108,26 @@ def test_absent_classes_do_not_count_and_are_none() -> None:
     assert jaccard(torch.tensor([0, 0, 0, 1]), torch.zeros(4).long()).item() == scores.miou
 
 
-def test_empty_set_has_scores_of_zero() -> None:
-    judged = task().eval()
-    metrics = judged.validation_metrics(torch.zeros(18, dtype=torch.float64))
+def test_pictures_without_labels_have_scores_of_zero() -> None:
+    judged, one = task().eval(), batch(0)
+    unlabelled = one._replace(masks=torch.full_like(one.masks, IGNORE))
+    metrics = validated(judged, unlabelled).metrics()
     assert metrics == dict.fromkeys(judged.metric_names, 0.0)
 
 
 def test_sums_count_beyond_what_float32_can() -> None:
-    judged = task().eval()
-    sums = judged.validation_sums(batch(0))
-    assert sums.dtype == torch.float64
-    assert sums.shape == (4 * 4 + 2,)
-    held = sums.clone()
-    held[0] += 2.0**24
-    assert (held + sums)[0] == sums[0] * 2 + 2.0**24
+    validation = validated(task().eval(), batch(0))
+    assert validation.sums.dtype == torch.float64
+    assert validation.sums.shape == (4 * 4 + 2,)
+    before = validation.sums.clone()
+    validation.sums[0] += 2.0**24
+    validation.update(batch(0))
+    assert validation.sums[0] == before[0] * 2 + 2.0**24
+
+
+def test_metrics_before_the_first_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="nothing is validated yet; update with a batch first"):
+        task().begin_validation().metrics()
 
 
 def test_padding_counts_for_nothing() -> None:
@@ -123,19 +138,19 @@ def test_padding_counts_for_nothing() -> None:
         torch.tensor([0, 1, PADDING]),
     )
     judged = task().eval()
-    torch.testing.assert_close(judged.validation_sums(padded), judged.validation_sums(one))
+    torch.testing.assert_close(validated(judged, padded).sums, validated(judged, one).sums)
 
 
 def test_masks_are_judged_at_their_own_size() -> None:
-    sums = task().eval().validation_sums(batch(0, size=(48, 40)))
+    sums = validated(task().eval(), batch(0, size=(48, 40))).sums
     labelled = (batch(0, size=(48, 40)).masks != IGNORE).sum()
     assert sums[-1] == sums[:-2].sum() == labelled
 
 
 def test_windows_of_the_whole_size_judge_as_one_pass() -> None:
     slide = Inference(mode="slide", crop_size=32, stride=20)
-    sums = task(inference=slide).eval().validation_sums(batch(0))
-    torch.testing.assert_close(sums, task().eval().validation_sums(batch(0)))
+    sums = validated(task(inference=slide).eval(), batch(0)).sums
+    torch.testing.assert_close(sums, validated(task().eval(), batch(0)).sums)
 
 
 def test_loss_is_the_mean_over_labelled_pixels_with_the_auxiliary_share() -> None:
@@ -154,7 +169,7 @@ def test_loss_is_the_mean_over_labelled_pixels_with_the_auxiliary_share() -> Non
 def test_validation_loss_is_the_mean_over_the_set() -> None:
     judged, one = task(has_auxiliary=False), batch(0)
     loss = judged.train().training_loss(one).item()
-    metrics = judged.eval().validation_metrics(judged.validation_sums(one))
+    metrics = validated(judged.eval(), one).metrics()
     assert metrics["val_loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -165,9 +180,8 @@ def test_batch_without_labels_costs_nothing() -> None:
 
 
 def test_metrics_are_plain_json_numbers() -> None:
-    judged = task().eval()
-    sums = judged.validation_sums(batch(0, classes=1))
-    text = json.dumps([judged.validation_metrics(sums), judged.class_metrics(sums)])
+    validation = validated(task().eval(), batch(0, classes=1))
+    text = json.dumps([validation.metrics(), validation.class_metrics()])
     assert not any(math.isnan(value) for value in json.loads(text)[0].values())
 
 

@@ -21,6 +21,7 @@ from tests.training.processes import SERVER
 from tests.training.small import small_recipe
 from visionmamba.models.segmentation import SegmentationHead
 from visionmamba.recipes import Recipe, SegmentationRecipe
+from visionmamba.recipes.dense import DenseRecipe
 from visionmamba.training import Experiment, NonFiniteError, fit
 
 STOPPED, NOT_FINITE = 3, 4
@@ -46,7 +47,7 @@ def train_in_ranks(
     out: Path,
     *,
     ranks: int,
-    make: Callable[..., Recipe | SegmentationRecipe] = shared_recipe,
+    make: Callable[..., Recipe | DenseRecipe] = shared_recipe,
     strategy: str = "ddp",
     launcher: str = "torchrun",
     device: str = "cpu",
@@ -146,7 +147,7 @@ def _train(
     device: str,
     fate: str | None,
     at_step: int,
-    make: Callable[..., Recipe | SegmentationRecipe],
+    make: Callable[..., Recipe | DenseRecipe],
     changes: dict[str, Any],
 ) -> None:
     os.environ.update(environment)

@@ -15,6 +15,7 @@ from tests.training.small import STEPS_PER_EPOCH, small_recipe
 from visionmamba.data import Batch
 from visionmamba.recipes import Recipe
 from visionmamba.tasks import ClassificationTask
+from visionmamba.tasks.validation import ClassMetrics, SummedValidation
 from visionmamba.training import Experiment, FitResult, fit
 from visionmamba.training.engine import keeps_picture
 from visionmamba.training.metrics import ClassesFile, ClassValues
@@ -25,7 +26,12 @@ pytestmark = pytest.mark.once
 class DrawingTask(ClassificationTask):
     """Judges two classes, one of which never appears, and draws the first picture of a batch."""
 
-    def class_metrics(self, sums: Tensor) -> dict[str, dict[str, float | None]]:
+    def begin_validation(self) -> SummedValidation[Batch]:
+        return SummedValidation(
+            self._sums_of, metrics_of=self._metrics_of, class_metrics_of=self._class_metrics_of
+        )
+
+    def _class_metrics_of(self, sums: Tensor) -> ClassMetrics:
         assert sums.dtype == torch.float64
         return {"road, wet": {"iou": 0.25, "accuracy": 0.5}, "bear": {"iou": None, "accuracy": 0.0}}
 

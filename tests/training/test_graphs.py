@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from visionmamba import VimConfig
-from visionmamba.models import SegmenterConfig
+from visionmamba.models import DetectorConfig, SegmenterConfig
 from visionmamba.training.graphs import can_be_recorded, graph_forward
 
 on_gpu = pytest.mark.gpu
@@ -120,3 +120,10 @@ def test_what_the_host_decides_or_other_processes_know_is_not_recorded() -> None
     assert not can_be_recorded(nn.Sequential(nn.SyncBatchNorm(3)))
     flipping = VimConfig(image_size=32, d_model=16, depth=2, bidirectional="sequence")
     assert not can_be_recorded(flipping.build())
+
+
+@pytest.mark.once
+def test_detector_whose_boxes_differ_in_number_is_not_recorded() -> None:
+    backbone = VimConfig(image_size=32, d_model=16, depth=1, readout="mean")
+    config = DetectorConfig(backbone=backbone, num_classes=2, channels=8, box_width=8)
+    assert not can_be_recorded(config.build())

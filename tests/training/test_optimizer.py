@@ -98,6 +98,48 @@ def test_published_finetuning_keeps_one_rate() -> None:
     assert rates_of(config, steps_per_epoch=1, epochs=30) == pytest.approx([1e-5] * 30)
 
 
+def test_dropping_schedule_is_that_of_the_published_detection() -> None:
+    steps, drops = 184_375, (163_889, 177_546)
+    config = OptimizerConfig(
+        lr=1e-4,
+        schedule="drops",
+        drops_at=tuple(step / steps for step in drops),
+        warmup_steps=250,
+        warmup_lr=1e-7,
+    )
+
+    def published(step: int) -> float:
+        """detectron2's WarmupParamScheduler of factor 1e-3 around a MultiStepParamScheduler."""
+        rate = 1e-4 * 0.1 ** sum(step >= drop for drop in drops)
+        return rate * (1e-3 * (1 - step / 250) + step / 250) if step < 250 else rate
+
+    for step in (0, 1, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374):
+        share = config.dropping_lr_share(step, num_warmup=250, num_steps=steps)
+        assert 1e-4 * share == pytest.approx(published(step)), step
+
+
+def test_optimizer_follows_the_drops() -> None:
+    config = OptimizerConfig(
+        lr=1.0, schedule="drops", drops_at=(0.5, 0.75), drop_factor=0.5, warmup_steps=1
+    )
+    assert rates_of(config, steps_per_epoch=4, epochs=1) == [0.0, 1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "drops"}, '"drops" goes with drops_at, got schedule="drops" and'),
+        ({"drops_at": (0.5,)}, '"drops" goes with drops_at, got schedule="step" and'),
+        ({"schedule": "drops", "drops_at": (0.9, 0.8)}, "must be growing shares of the run"),
+        ({"schedule": "drops", "drops_at": (1.0,)}, r"between 0 and 1, got \(1\.0,\)"),
+        ({"drop_factor": 1.0}, "drop_factor must lie between 0 and 1, got 1.0"),
+    ],
+)
+def test_drops_that_are_none_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)
+
+
 def test_linear_schedule_is_that_of_the_published_segmentation() -> None:
     config = OptimizerConfig(
         lr=2e-4, schedule="linear", warmup_steps=1500, warmup_lr=2e-10, min_lr=0.0

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.recipes.detectors import small_recipe
+from tests.training.detectors import knowing_recipe
 from tests.training.ranks import (
     NOT_FINITE,
     STOPPED,
@@ -84,6 +86,35 @@ def test_two_processes_share_a_segmenters_blocks_and_follow_one(tmp_path: Path) 
     assert_same_run(tmp_path / "two", tmp_path / "one")
     for name in ("classes.csv", "pictures/epoch_0002.png"):
         assert (tmp_path / "two" / name).exists()
+
+
+def average_precisions(out: Path) -> list[dict[str, float]]:
+    rows = read_metrics(out / "metrics.csv")
+    return [{k: v for k, v in row.items() if k.startswith("val_")} for row in rows]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_put_their_detections_together(tmp_path: Path, strategy: str) -> None:
+    fit(knowing_recipe(), tmp_path / "one", device="cpu", progress=False)
+    codes = train_in_ranks(tmp_path / "two", ranks=2, make=knowing_recipe, strategy=strategy)
+    assert codes == [0, 0]
+    expected = average_precisions(tmp_path / "one")
+    assert average_precisions(tmp_path / "two") == expected
+    assert 0 < expected[-1]["val_mask_ap_ema"] < 1
+    classes = [(tmp_path / name / "classes.csv").read_text() for name in ("one", "two")]
+    assert classes[0] == classes[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_train_a_detector(tmp_path: Path, strategy: str) -> None:
+    out = tmp_path / "run"
+    codes = train_in_ranks(
+        out, ranks=2, make=small_recipe, strategy=strategy, device="cuda", precision="bfloat16"
+    )
+    assert codes == [0, 0]
+    assert "val_mask_ap" in average_precisions(out)[-1]
 
 
 @pytest.mark.gpu

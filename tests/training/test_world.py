@@ -56,6 +56,12 @@ def test_without_launcher_this_is_the_main_process() -> None:
     assert (world.rank, world.size, world.is_main) == (0, 2, True)
 
 
+def test_one_process_has_all_by_itself() -> None:
+    world = find_world(devices=1, nodes=1)
+    assert world.gather("a") == world.gather_to_main("a") == ["a"]
+    assert world.from_main({"a": 1}) == {"a": 1}
+
+
 def test_several_machines_need_a_launcher() -> None:
     with pytest.raises(ValueError, match=r"nodes=2 needs a launcher .* torchrun --nnodes 2"):
         find_world(devices=8, nodes=2)

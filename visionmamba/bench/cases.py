@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -26,21 +26,25 @@ ModelName = Literal[
     "deit-eager",
     "deit-compile",
     "deit-checkpoint",
+    "deit-window",
 ]
 """vim: this package's Vim; vim-lean: the same, keeping the input of each block alone for the
 backward; vim-mamba-ssm: the same around the published kernels. deit: timm's DeiT with fused
 attention; deit-eager: with attention as separate products and a softmax, the paper's setting;
-deit-compile: under torch.compile; deit-checkpoint: keeping the input of each block alone."""
+deit-compile: under torch.compile; deit-checkpoint: keeping the input of each block alone;
+deit-window: of detectors alone, attention in ViTDet's windows with four global blocks."""
 Size = Literal["tiny", "small", "base"]
 Mode = Literal["infer", "train"]
 Precision = Literal["float32", "bfloat16"]
 SegmenterHead = Literal["upernet", "segmenter"]
+DetectorHead = Literal["cascade", "mask"]
 
 PATCH_SIDE_PX = 16
 NUM_REFERENCE_IMAGES = 2
 """Images of a batch whose output is compared with float32."""
 TRAINING_ONLY: tuple[ModelName, ...] = ("vim-lean", "deit-checkpoint")
 """Models that differ from vim and deit in training alone."""
+_WINDOW_SIZE = 14
 _PUBLISHED_PACKAGES = ("mamba_ssm", "causal_conv1d")
 _SIZE_NAMES: dict[Size, str] = {"tiny": "Ti", "small": "S", "base": "B"}
 _VARIANTS: dict[ModelName, str] = {
@@ -51,6 +55,7 @@ _VARIANTS: dict[ModelName, str] = {
     "deit-eager": " eager",
     "deit-compile": " compile",
     "deit-checkpoint": " checkpoint",
+    "deit-window": " windows",
 }
 
 
@@ -115,8 +120,10 @@ class Case:
     """Whether feature maps at strides 4, 8, 16 and 32 are made instead of logits."""
     segmenter: SegmenterHead | None = None
     """The head of a segmenter, which scores every pixel; None leaves the classifier."""
+    detector: DetectorHead | None = None
+    """The heads of a detector, which find boxes and masks; None leaves the classifier."""
     num_classes: int = 1000
-    """Outputs of the classifier, or of every pixel."""
+    """Outputs of the classifier, or of every pixel, or classes of the objects."""
     cuda_graphs: bool = True
     """Whether passes on a GPU are replayed from CUDA graphs."""
     image: Path | None = None
@@ -148,7 +155,7 @@ class Case:
         """The dtype of the input."""
         import torch
 
-        is_half = self.precision == "bfloat16" and self.mode == "infer"
+        is_half = self.precision == "bfloat16" and self.mode == "infer" and self.detector is None
         return torch.bfloat16 if is_half else torch.float32
 
     def build_model(self) -> "nn.Module":
@@ -186,8 +193,8 @@ class Case:
             image_size=self.resolution,
             num_classes=self.num_classes,
             activation_checkpointing=self.model == "vim-lean",
-            # no class token below a segmenter, as published
-            readout="middle" if self.segmenter is None else "mean",
+            # no class token below a segmenter or a detector, as published
+            readout="middle" if self.segmenter is None and self.detector is None else "mean",
         )
         model = self._with_head(config)
         if self.model == "vim-mamba-ssm":
@@ -228,6 +235,16 @@ class Case:
                 head=self.segmenter,
                 dropout=0.0,  # else a training step's error to float32 could not be told
             ).build()
+        if self.detector is not None:
+            from visionmamba.models.detection import DetectorConfig
+
+            return DetectorConfig(
+                backbone=config,
+                num_classes=self.num_classes,
+                head=self.detector,
+                window_size=_WINDOW_SIZE if self.model == "deit-window" else None,
+                score_threshold=0.0,
+            ).build()
         if self.pyramid:
             from visionmamba.models.pyramid import PyramidBackbone
 
@@ -267,9 +284,11 @@ def _checkpoint_blocks(model: "DeiT") -> None:
             super().__init__()
             self.block = block
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, **options: Any) -> Tensor:
             # nothing in a block is random, and saving the generator cannot be captured
-            out: Tensor = checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)
+            out: Tensor = checkpoint(
+                self.block, x, use_reentrant=False, preserve_rng_state=False, **options
+            )
             return out
 
     model.blocks = nn.Sequential(*map(Checkpointed, model.blocks))

@@ -11,6 +11,7 @@ from visionmamba.bench.cases import (
     PATCH_SIDE_PX,
     TRAINING_ONLY,
     Case,
+    DetectorHead,
     Mode,
     ModelName,
     OutOfMemory,
@@ -65,8 +66,10 @@ class Efficiency:
     """Measure backbone and feature pyramid without classifier, as the paper's figures 3 and 4."""
     segmenter: SegmenterHead | None = None
     """Measure segmenters with this head; `bench segmentation` does, in both modes."""
+    detector: DetectorHead | None = None
+    """Measure detectors with these heads; `bench detection` does, in both modes."""
     num_classes: int = 1000
-    """Outputs of the classifier, or of every pixel."""
+    """Outputs of the classifier, or of every pixel, or classes of the objects."""
     cuda_graphs: bool = True
     """On a GPU replay every pass of every model from a CUDA graph, where it can be captured."""
     threads: int | None = None
@@ -123,12 +126,29 @@ class Efficiency:
                     f"{model} differs from {model.partition('-')[0]} in training only; add "
                     "--mode train or leave it out"
                 )
+            if model == "deit-window" and self.detector is None:
+                raise ValueError("deit-window is for detectors; leave it out, or add --detector")
+            if model == "deit-compile" and self.detector is not None:
+                raise ValueError("detectors are not compiled; leave out deit-compile")
         if self.pyramid and self.mode == "train":
             raise ValueError("pyramid has no loss to train with; leave out --mode train")
-        if self.pyramid and self.segmenter is not None:
-            raise ValueError("a segmenter has a pyramid of its own; leave out one of them")
+        heads = (self.pyramid, self.segmenter is not None, self.detector is not None)
+        if sum(heads) > 1:
+            raise ValueError("pyramid, segmenter and detector exclude each other; give one")
+        if self.detector is not None and self.cuda_graphs:
+            raise ValueError(
+                "the passes of a detector cannot be recorded, as they hang on the boxes found; "
+                "add --no-cuda-graphs"
+            )
         if self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; got {self.num_classes}")
+
+    @property
+    def what(self) -> Literal["classifiers", "segmenters", "detectors"]:
+        """What is measured, by what the models put out."""
+        if self.detector is not None:
+            return "detectors"
+        return "classifiers" if self.segmenter is None else "segmenters"
 
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
@@ -212,6 +232,7 @@ class Efficiency:
             precision=self.precision_on(device),
             pyramid=self.pyramid,
             segmenter=self.segmenter,
+            detector=self.detector,
             num_classes=self.num_classes,
             cuda_graphs=self.cuda_graphs,
             image=self.image,
@@ -246,9 +267,11 @@ class Efficiency:
         """
         import torch
 
+        # the objects that untrained detectors find in bfloat16 are not those of float32
+        has_reference = case.precision != "float32" and case.detector is None
         try:
             with telling_out_of_memory():
-                if case.precision != "float32" and is_vim(case.model) not in references:
+                if has_reference and is_vim(case.model) not in references:
                     references[is_vim(case.model)] = reference_output(case)
             peak_bytes: int | None
             if case.is_on_gpu:
@@ -260,7 +283,7 @@ class Efficiency:
                 with telling_out_of_memory():
                     loaded = Pass(case)
             error = None
-            if case.precision != "float32":
+            if has_reference:
                 with telling_out_of_memory():
                     error = relative_error(loaded.run(), references[is_vim(case.model)])
         except OutOfMemory:

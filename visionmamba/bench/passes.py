@@ -32,6 +32,8 @@ TURN_SECONDS = 0.05
 MOST_PASSES = 1000
 _FEWEST_TURNS, _ENOUGH_SECONDS = 3, 1.5
 _AUXILIARY_WEIGHT = 0.4  # of UperNet's second head, as published
+_NUM_OBJECTS = 8  # of each picture that a detector trains on
+_OBJECT_SIDES = (1 / 16, 1 / 2)  # of the side of the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ class Pass:
     """A case with its model and input in memory.
 
     Inference goes through visionmamba.optimize for every model, so that all of them are recorded,
-    sliced and copied on the same terms; a training step is recorded here.
+    sliced and copied on the same terms; a training step is recorded here. Detectors, whose passes
+    hang on what they find, run as they are, under autocast in bfloat16.
 
     Raises:
         RuntimeError, MemoryError: they do not fit; cases.telling_out_of_memory() says which.
@@ -62,8 +65,11 @@ class Pass:
         """How `run` launches its kernels, once `prepare` has run."""
         self._images = case.build_images()
         self._model = case.build_model()
+        self._objects = _draw_objects(case) if case.detector and case.mode == "train" else []
         self._run: Callable[[], Outputs] = self._train
-        if case.mode == "infer":
+        if case.detector is not None:
+            self._run = self._learn_objects if case.mode == "train" else self._find_objects
+        elif case.mode == "infer":
             self._model = optimize(self._model, dtype=case.dtype, cuda_graphs=case.cuda_graphs)
             self._run = self._infer
 
@@ -71,6 +77,7 @@ class Pass:
     def num_bytes(self) -> int:
         """Bytes of weights and input."""
         held = [*self._model.parameters(), *self._model.buffers(), self._images]
+        held += [tensor for target in self._objects for tensor in target.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def prepare(self) -> None:
@@ -86,7 +93,7 @@ class Pass:
         self.launch = "graph"
 
     def run(self) -> "Outputs":
-        """Launch one pass and return its logits or feature maps, without waiting."""
+        """Launch one pass and return its logits, feature maps or boxes, without waiting."""
         return self._run()
 
     def named_gradients(self) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -118,6 +125,46 @@ class Pass:
         torch.autograd.backward(loss)
         detached: torch.Tensor = logits.detach()
         return detached
+
+    def _find_objects(self) -> "Outputs":
+        import torch
+
+        is_half = self.case.precision == "bfloat16"
+        device = self._images.device.type
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=is_half):
+            found = self._model(list(self._images))
+        return tuple(one["boxes"] for one in found)
+
+    def _learn_objects(self) -> "Outputs":
+        import torch
+
+        self._model.zero_grad(set_to_none=True)
+        is_half = self.case.precision == "bfloat16"
+        with torch.autocast(self._images.device.type, torch.bfloat16, enabled=is_half):
+            losses = self._model(list(self._images), self._objects)
+        loss = torch.stack(list(losses.values())).sum()
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+
+def _draw_objects(case: Case) -> "list[dict[str, torch.Tensor]]":
+    """Return for each picture the boxes, labels and masks of filled rectangles."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    objects = []
+    for _ in range(case.batch):
+        low, high = _OBJECT_SIDES
+        sides = low + (high - low) * torch.rand(_NUM_OBJECTS, 2, generator=generator)
+        corners = (1 - sides) * torch.rand(_NUM_OBJECTS, 2, generator=generator)
+        boxes = (torch.cat([corners, corners + sides], dim=1) * case.resolution).round()
+        masks = torch.zeros((_NUM_OBJECTS, case.resolution, case.resolution), dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        labels = torch.randint(1, case.num_classes + 1, (_NUM_OBJECTS,), generator=generator)
+        target = {"boxes": boxes, "labels": labels, "masks": masks}
+        objects.append({name: tensor.to(case.device) for name, tensor in target.items()})
+    return objects
 
 
 def capture(step: Callable[[], Output]) -> Callable[[], Output]:

@@ -60,6 +60,7 @@ _STYLES: dict[ModelName, _Style] = {
     "deit-eager": _Style("#b8860b", "#f0e442", "D:"),
     "deit-compile": _Style("#a03e78", "#e79cc7", "^--"),
     "deit-checkpoint": _Style("#009e73", "#3fd0a5", "X-."),
+    "deit-window": _Style("#8c564b", "#d7a79c", "*-."),
 }
 
 
@@ -114,7 +115,7 @@ def plot_speed(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
     settings = result.settings
     what = "inference" if settings.mode == "infer" else "training step"
     what = "backbone and feature pyramid" if settings.pyramid else what
-    what = f"{what} of segmenters" if settings.segmenter is not None else what
+    what = what if settings.what == "classifiers" else f"{what} of {settings.what}"
     with _chart_of_models(result, theme, f"Speed, {what}, batch {settings.batch[0]}") as (
         axes,
         buffer,
@@ -145,8 +146,8 @@ def plot_memory(result: "EfficiencyResult", theme: Theme = "light") -> bytes:
     """Plot the peak memory of one pass over the resolution."""
     color = PALETTES[theme].text
     settings = result.settings
-    what = "" if settings.segmenter is None else ", segmenters"
-    what += ", training" if settings.segmenter is not None and settings.mode == "train" else ""
+    what = "" if settings.what == "classifiers" else f", {settings.what}"
+    what += ", training" if what and settings.mode == "train" else ""
     title = f"Peak memory{what}, batch {settings.batch[0]}"
     with _chart_of_models(result, theme, title) as (axes, buffer):
         for model in result.settings.models:

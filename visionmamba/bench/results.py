@@ -184,8 +184,12 @@ class EfficiencyResult:
     def stem(self) -> str:
         """What the names of all files begin with."""
         settings = self.settings
-        what = "efficiency" if settings.segmenter is None else f"segmentation_{settings.segmenter}"
-        parts = [what, self.machine_kind, settings.size, settings.mode]
+        names = {
+            "classifiers": "efficiency",
+            "segmenters": f"segmentation_{settings.segmenter}",
+            "detectors": f"detection_{settings.detector}",
+        }
+        parts = [names[settings.what], self.machine_kind, settings.size, settings.mode]
         parts += ["pyramid"] if settings.pyramid else []
         return "_".join([*parts, *([settings.label] if settings.label else [])])
 

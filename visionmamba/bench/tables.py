@@ -36,8 +36,10 @@ def to_table(result: "EfficiencyResult") -> "Table":
     settings, machine = result.settings, result.machine
     what = "forward" if settings.mode == "infer" else "forward + backward"
     what += ", feature pyramid" if settings.pyramid else ""
-    if settings.segmenter is not None:
-        what += f", {settings.segmenter}, {settings.num_classes} classes"
+    if settings.what != "classifiers":
+        head = settings.segmenter or settings.detector
+        classes = "1 class" if settings.num_classes == 1 else f"{settings.num_classes} classes"
+        what += f", {settings.what} ({head}, {classes})"
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -86,7 +88,7 @@ def _cells(result: "EfficiencyResult", row: "Measurement") -> tuple[str, ...]:
         str(row.batch),
         result.names[row.model],
         _time_cell(row),
-        "" if result.settings.segmenter is None else _speed_cell(row),
+        "" if result.settings.what == "classifiers" else _speed_cell(row),
         _memory_cell(row),
         "" if is_first else _ratio_cell(result.time_ratio(row)),
         "" if is_first else _ratio_cell(result.memory_ratio(row)),

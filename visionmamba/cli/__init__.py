@@ -30,9 +30,10 @@ commands:
   train RECIPE --out DIR        train a recipe, or go on where an interrupted run was left;
                                 `train finetune` is for a folder of your own
   eval WEIGHTS DATA             accuracy of own or published weights on labelled images, IoU of
-                                segmenters on images with masks
-  predict WEIGHTS IMAGE...      what images show, or with a segmenter every pixel of them
-  check FOLDER                  whether pictures and masks can be used; shares of the classes
+                                segmenters on images with masks, average precision of detectors
+  predict WEIGHTS IMAGE...      what images show; with a segmenter every pixel of them, with a
+                                detector every object
+  check DATA                    whether pictures with masks or objects can be used; what they hold
   models                        the published weights: names, accuracies, where they are
   convert IN OUT.safetensors    published weights as safetensors that eval and predict take
   info                          versions, devices, and which backend runs each operation
@@ -40,10 +41,10 @@ commands:
   ablate bidirectional|backbone --task TASK --out DIR
                                 the paper's table 4; Vim against DeiT: variants trained over
                                 learning rates and seeds, or taken up where they were left
-  bench efficiency|segmentation|kernels|complexity|loader
-                                time and memory against DeiT, of classifiers and of segmenters; the
-                                kernels one by one; operations and bytes beside the paper's
-                                formulas; images/s of the loader
+  bench efficiency|segmentation|detection|kernels|complexity|loader
+                                time and memory against DeiT, of classifiers, segmenters and
+                                detectors; the kernels one by one; operations and bytes beside the
+                                paper's formulas; images/s of the loader
 
 options:
   -h, --help                    this text; `visionmamba COMMAND --help` for a command's options

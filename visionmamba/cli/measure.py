@@ -42,16 +42,19 @@ def demo(given: list[str]) -> int:
 
 def bench(given: list[str]) -> int:
     from visionmamba.bench.complexity import Complexity
+    from visionmamba.bench.detection import DetectionSpeed
     from visionmamba.bench.efficiency import Efficiency
     from visionmamba.bench.kernels import Kernels
     from visionmamba.bench.loader import LoaderSpeed
     from visionmamba.bench.segmentation import SegmentationSpeed
 
     benchmarks: dict[
-        str, type[Efficiency | SegmentationSpeed | Kernels | Complexity | LoaderSpeed]
+        str,
+        type[Efficiency | SegmentationSpeed | DetectionSpeed | Kernels | Complexity | LoaderSpeed],
     ] = {
         "efficiency": Efficiency,
         "segmentation": SegmentationSpeed,
+        "detection": DetectionSpeed,
         "kernels": Kernels,
         "complexity": Complexity,
         "loader": LoaderSpeed,

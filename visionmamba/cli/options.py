@@ -14,6 +14,10 @@ import tyro
 Parsed = TypeVar("Parsed")
 Choice = TypeVar("Choice")
 
+MAX_PIXELS = 89_478_485  # data.MAX_PIXELS, without importing torch
+MAX_SHOWN_CLASSES = 30
+NUM_WORST_CLASSES = 10
+
 _MAX_WORKERS = 16
 
 

@@ -23,7 +23,8 @@ def ablate(given: list[str]) -> int:
     console = Console()
     num_workers = num_workers_for(options.device, options.num_workers, num_devices=options.jobs)
     result = options.run(num_workers=num_workers, console=console)
-    console.print(result.to_table())
+    for table in (result.to_table(), *result.metric_tables()):
+        console.print(table)
     for sentence in result.sentences():
         console.print(sentence, highlight=False, markup=False)
     paths = result.save()

@@ -14,13 +14,12 @@ from visionmamba.cli.messages import EXIT_WRONG_INPUT, complain
 from visionmamba.cli.options import choose, num_workers_for, parse, parse_known
 
 if TYPE_CHECKING:
-    from visionmamba.recipes import Recipe, SegmentationRecipe
+    from visionmamba.recipes import DetectionRecipe, MakeRecipe, Recipe, SegmentationRecipe
     from visionmamba.training import FitResult
-
-    MakeRecipe = Callable[..., Recipe] | Callable[..., SegmentationRecipe]
 
 Source = Literal["folder", "shards", "hugging-face", "timm", "digits"]
 MaskSource = Literal["ade20k", "cityscapes", "masks", "shapes"]
+ObjectSource = Literal["coco", "objects"]
 
 _HELP_OPTIONS = ("-h", "--help")
 _ARGUMENT_HELP = {
@@ -30,7 +29,7 @@ _ARGUMENT_HELP = {
     "size": "Of the model, without weights.",
     "image_size": "Side in pixels, of the model and of its pictures.",
     "source": "Where the pictures come from, instead of what the recipe says; --data.FIELD are its "
-    "options (docs/training.md, docs/segmentation.md).",
+    "options (docs/training.md, docs/segmentation.md, docs/detection.md).",
 }
 
 
@@ -99,7 +98,7 @@ def train(given: list[str]) -> int:
 
 def _parse_train(
     name: str, make_recipe: "MakeRecipe", given: list[str]
-) -> tuple["Recipe | SegmentationRecipe", RunOptions]:
+) -> tuple["Recipe | SegmentationRecipe | DetectionRecipe", RunOptions]:
     """Returns the recipe and how it shall run.
 
     What the recipe's function takes is read first, since it decides the defaults of all else.
@@ -139,11 +138,15 @@ def _argument_fields(
     make_recipe: "MakeRecipe",
 ) -> list[tuple[str, Any, Any]]:
     """Returns the arguments of a recipe's function, and `source`, as fields of a dataclass."""
-    from visionmamba.recipes import SegmentationRecipe
+    from visionmamba.recipes import DetectionRecipe, Recipe, SegmentationRecipe
 
     signature = inspect.signature(make_recipe)
-    takes_masks = signature.return_annotation is SegmentationRecipe
-    sources: Any = MaskSource if takes_masks else Source
+    sources_of: dict[type[Any], Any] = {
+        Recipe: Source,
+        SegmentationRecipe: MaskSource,
+        DetectionRecipe: ObjectSource,
+    }
+    sources = sources_of[signature.return_annotation]
     fields: list[tuple[str, Any, Any]] = [("source", sources | None, None)]
     fields += [
         (name, parameter.annotation, parameter.default)
@@ -156,11 +159,13 @@ def _argument_fields(
     ]
 
 
-def _source(name: Source | MaskSource) -> Any:
+def _source(name: Source | MaskSource | ObjectSource) -> Any:
     from visionmamba.data import (
         ADE20K,
         Cityscapes,
+        Coco,
         Digits,
+        DrawnObjects,
         HuggingFaceData,
         ImageFolder,
         MaskFolder,
@@ -169,7 +174,7 @@ def _source(name: Source | MaskSource) -> Any:
         WebShards,
     )
 
-    sources: Mapping[Source | MaskSource, Callable[[], Any]] = {
+    sources: Mapping[Source | MaskSource | ObjectSource, Callable[[], Any]] = {
         "folder": ImageFolder,
         "shards": WebShards,
         "hugging-face": HuggingFaceData,
@@ -179,6 +184,8 @@ def _source(name: Source | MaskSource) -> Any:
         "cityscapes": Cityscapes,
         "masks": MaskFolder,
         "shapes": Shapes,
+        "coco": Coco,
+        "objects": DrawnObjects,
     }
     return sources[name]()
 

@@ -1,6 +1,20 @@
 """From files to batches: image sets, their preparation for a model, loaders that can be resumed."""
 
 from visionmamba.data.batches import Batch, EvalBatches, TrainBatches
+from visionmamba.data.box_batches import (
+    DetectionBatch,
+    DetectionEvalBatches,
+    DetectionTrainBatches,
+)
+from visionmamba.data.box_transforms import (
+    BoxTransform,
+    DetectionAugmentation,
+    DetectionPreprocessing,
+    DetectionTarget,
+)
+from visionmamba.data.coco import Coco, DetectionSet, DetectionSplits, FileObjects, Objects
+from visionmamba.data.coco_json import AnnotationError
+from visionmamba.data.drawn_objects import ArrayObjects, DrawnObjects
 from visionmamba.data.image_files import (
     MAX_PIXELS,
     UnreadableImageError,
@@ -42,6 +56,8 @@ from visionmamba.data.masks import (
 )
 from visionmamba.data.memory import BatchTooLargeError, explain_out_of_memory
 from visionmamba.data.mixing import Mixing
+from visionmamba.data.object_check import ObjectCounts, ObjectReport, check_objects
+from visionmamba.data.object_sources import DetectionSource, open_objects
 from visionmamba.data.resident import KeptEvalBatches, ResidentTrainBatches
 from visionmamba.data.sets import (
     ArrayImages,
@@ -56,7 +72,12 @@ from visionmamba.data.sets import (
 )
 from visionmamba.data.shapes import Shapes
 from visionmamba.data.shards import WebShards
-from visionmamba.data.transforms import Augmentation, ImageTransform, Preprocessing
+from visionmamba.data.transforms import (
+    Augmentation,
+    ImageTransform,
+    Preprocessing,
+    restore_image,
+)
 
 DataSource = Digits | ImageFolder | WebShards | HuggingFaceData | TimmData
 """What a recipe can learn from; each has `build() -> ImageSplits`."""
@@ -66,18 +87,33 @@ __all__ = [
     "IGNORE",
     "MAX_PIXELS",
     "PADDING",
+    "AnnotationError",
     "ArrayImages",
     "ArrayMasks",
+    "ArrayObjects",
     "Augmentation",
     "Batch",
     "BatchTooLargeError",
+    "BoxTransform",
     "Cityscapes",
     "ClassCounts",
+    "Coco",
     "DataSource",
+    "DetectionAugmentation",
+    "DetectionBatch",
+    "DetectionEvalBatches",
+    "DetectionPreprocessing",
+    "DetectionSet",
+    "DetectionSource",
+    "DetectionSplits",
+    "DetectionTarget",
+    "DetectionTrainBatches",
     "Digits",
+    "DrawnObjects",
     "EvalBatches",
     "FileImages",
     "FileMasks",
+    "FileObjects",
     "HuggingFaceData",
     "ImageFolder",
     "ImageSet",
@@ -92,6 +128,9 @@ __all__ = [
     "MaskReport",
     "MaskSplit",
     "Mixing",
+    "ObjectCounts",
+    "ObjectReport",
+    "Objects",
     "Preprocessing",
     "ResidentTrainBatches",
     "SegmentationAugmentation",
@@ -109,6 +148,7 @@ __all__ = [
     "WebShards",
     "as_upright_eight_bit",
     "check_masks",
+    "check_objects",
     "decode_image",
     "derive_seed",
     "explain_out_of_memory",
@@ -117,5 +157,7 @@ __all__ = [
     "open_image",
     "open_images",
     "open_masks",
+    "open_objects",
+    "restore_image",
     "split_readable",
 ]

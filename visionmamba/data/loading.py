@@ -7,6 +7,7 @@ number of workers, nor the number of processes, nor an interruption shows in the
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -24,6 +25,15 @@ PADDING = -1
 BatchType = TypeVar("BatchType")
 MakeBatch = Callable[[Tensor, Tensor, Tensor], BatchType]
 """Makes a batch of images, targets and indices, each with the batch as first dimension."""
+
+
+@dataclass(frozen=True)
+class Unstacked(Generic[BatchType]):
+    """Makes a batch of examples that differ in size, or whose targets are no tensors."""
+
+    make: Callable[[Sequence[Tensor], Sequence[Any], Tensor], BatchType]
+    """Takes the images, the targets, and the indices as one tensor."""
+
 
 _ORDER, CHANGES = 0, 1  # purposes, so that the seeds of order and changes never meet
 _REPEATED_MULTIPLE = 256  # an epoch of repeated augmentation is a multiple of this, as published
@@ -47,13 +57,13 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def example(self, index: int) -> tuple[Tensor, Tensor]:
+    def example(self, index: int) -> tuple[Tensor, Any]:
         """Returns image and target; `UnreadableImageError` or `FileNotFoundError` for a bad file.
 
         Its random changes come from the global generators.
         """
 
-    def padding(self, stand_in: int) -> tuple[Tensor, Tensor]:
+    def padding(self, stand_in: int) -> tuple[Tensor, Any]:
         """Returns image and target of a row without a picture, shaped as those of a picture."""
 
     def order(self, generator: torch.Generator) -> Tensor:
@@ -222,7 +232,12 @@ class ShuffledBatches(ShuffledPlaces[BatchType]):
     """
 
     def __init__(
-        self, examples: Examples, make_batch: MakeBatch[BatchType], *, seed: int, **options: Any
+        self,
+        examples: Examples,
+        make_batch: MakeBatch[BatchType] | Unstacked[BatchType],
+        *,
+        seed: int,
+        **options: Any,
     ) -> None:
         super().__init__(examples, seed=seed, **options)
         self._loader = _Examples(examples, seed=seed)
@@ -238,7 +253,7 @@ class OrderedBatches(Generic[BatchType]):
     def __init__(
         self,
         examples: Examples,
-        make_batch: MakeBatch[BatchType],
+        make_batch: MakeBatch[BatchType] | Unstacked[BatchType],
         places: Sequence[Sequence[Place]],
         *,
         num_workers: int = 0,
@@ -286,7 +301,7 @@ def left_out_hint(error: Exception) -> str:
 
 class _Sample(NamedTuple):
     image: Tensor
-    target: Tensor
+    target: Any
     picture: int
     unreadable: tuple[str, ...] = ()
 
@@ -367,7 +382,7 @@ def _seeded(seed: int, *, torch_only: bool) -> Iterator[None]:
 def _load(
     examples: _Examples,
     places: Iterator[list[Place]],
-    make_batch: MakeBatch[BatchType],
+    make_batch: MakeBatch[BatchType] | Unstacked[BatchType],
     num_workers: int,
 ) -> "Iterator[Prepared[BatchType]]":
     loader = DataLoader(
@@ -385,18 +400,19 @@ def _load(
 
 
 def _collate(
-    make_batch: MakeBatch[BatchType], samples: Sequence[_Sample | _Failure]
+    make_batch: MakeBatch[BatchType] | Unstacked[BatchType], samples: Sequence[_Sample | _Failure]
 ) -> "Prepared[BatchType] | _Failure":
     good: list[_Sample] = []
     for sample in samples:
         if isinstance(sample, _Failure):
             return sample
         good.append(sample)
-    batch = make_batch(
-        torch.stack([sample.image for sample in good]),
-        torch.stack([sample.target for sample in good]),
-        torch.tensor([sample.picture for sample in good]),
-    )
+    images, targets = [sample.image for sample in good], [sample.target for sample in good]
+    indices = torch.tensor([sample.picture for sample in good])
+    if isinstance(make_batch, Unstacked):
+        batch = make_batch.make(images, targets, indices)
+    else:
+        batch = make_batch(torch.stack(images), torch.stack(targets), indices)
     return Prepared(batch, tuple(why for sample in good for why in sample.unreadable))
 
 

@@ -94,9 +94,9 @@ class MaskReport:
         ignored: list[object] = ["(ignored)"]
         for counts in self.splits:
             ignored += [counts.ignored_pixels, "", ""]
-        _write_csv(folder / "classes.csv", [*rows, ignored])
+        write_csv(folder / "classes.csv", [*rows, ignored])
         problems = [[one.kind, one.file, one.message] for one in self.problems]
-        _write_csv(folder / "problems.csv", [["kind", "file", "message"], *problems])
+        write_csv(folder / "problems.csv", [["kind", "file", "message"], *problems])
         return folder
 
 
@@ -196,12 +196,12 @@ class _Checks(Dataset[_Checked]):
 
 def _checks(masks: FileMasks, num_workers: int) -> Iterator[_Checked]:
     loader: Any = DataLoader(
-        _Checks(masks), batch_size=None, collate_fn=_unchanged, num_workers=num_workers
+        _Checks(masks), batch_size=None, collate_fn=unchanged, num_workers=num_workers
     )
     return iter(loader)
 
 
-def _unchanged(checked: Any) -> Any:
+def unchanged(checked: Any) -> Any:
     return checked
 
 
@@ -216,7 +216,7 @@ def _splits(source: ADE20K | Cityscapes | MaskFolder) -> tuple[MaskSplit, ...]:
     return tuple(there)
 
 
-def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
+def write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
     """Writes under a temporary name first, so that the file is never there by half."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -29,6 +29,12 @@ from visionmamba.data.shapes import Shapes
 MaskSplit = Literal["train", "val", "test"]
 MaskFormat = Literal["ade20k", "cityscapes", "folder"]
 
+LAYOUTS = (
+    "train/images, train/masks and classes.txt (any folder), images/training and "
+    "annotations/training (ADE20K), or leftImg8bit and gtFine (Cityscapes)"
+)
+"""What pictures with masks may lie in, for messages."""
+
 _UNKNOWN = -1  # as in FileMasks.class_of
 _ADE20K_FOLDERS = {"train": "training", "val": "validation"}
 
@@ -234,18 +240,26 @@ def mask_source(
     return kinds[found](root=root, on_unreadable=on_unreadable, max_pixels=max_pixels)
 
 
+def holds_masks(root: Path) -> bool:
+    """Whether a folder has one of the layouts of pictures with masks."""
+    return _known_format(root) is not None
+
+
 def _format_of(root: Path) -> MaskFormat:
+    found = _known_format(root)
+    if found is None:
+        raise ValueError(f"{root} holds no pictures with masks in a known layout; wanted {LAYOUTS}")
+    return found
+
+
+def _known_format(root: Path) -> MaskFormat | None:
     if (root / "images" / "training").is_dir() or (root / "images" / "validation").is_dir():
         return "ade20k"
     if (root / "leftImg8bit").is_dir():
         return "cityscapes"
     if any((root / name).is_file() for name in CLASS_FILES) or any(root.glob("*/masks")):
         return "folder"
-    raise ValueError(
-        f"{root} holds no pictures with masks in a known layout; wanted train/images, train/masks "
-        "and classes.txt (any folder), images/training and annotations/training (ADE20K), or "
-        "leftImg8bit and gtFine (Cityscapes)"
-    )
+    return None
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,13 @@ class ImageTransform:
         return self._erase(normalized) if self._erase else normalized
 
 
+def restore_image(image: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Image.Image:
+    """Returns the picture, "RGB", that became (3, H, W) when mean and std were taken out."""
+    channels = torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
+    pixels = (image.detach().float().cpu() * channels[0] + channels[1]).clamp(0, 1).mul(255).round()
+    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
+
+
 def _random_crop(
     preprocessing: Preprocessing, augmentation: Augmentation | None
 ) -> v2.RandomResizedCrop | None:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from visionmamba.models.config import VimConfig
     from visionmamba.models.deit import DeiT, DeiTConfig
+    from visionmamba.models.detection import DetectionModel, DetectorConfig
     from visionmamba.models.mixer import BidirectionalMixer, DirectionalSSM
     from visionmamba.models.published import load_published
     from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
-    from visionmamba.models.start import load_backbone, load_segmenter
+    from visionmamba.models.start import load_backbone, load_detector, load_segmenter
     from visionmamba.models.vim import Vim, VimBlock
     from visionmamba.models.weights import WeightsHeader, load, read_header, save
 
@@ -21,6 +22,8 @@ __all__ = [
     "BidirectionalMixer",
     "DeiT",
     "DeiTConfig",
+    "DetectionModel",
+    "DetectorConfig",
     "DirectionalSSM",
     "SegmentationModel",
     "SegmenterConfig",
@@ -30,6 +33,7 @@ __all__ = [
     "WeightsHeader",
     "load",
     "load_backbone",
+    "load_detector",
     "load_published",
     "load_segmenter",
     "read_header",
@@ -40,6 +44,8 @@ _HOMES = {
     "BidirectionalMixer": "mixer",
     "DeiT": "deit",
     "DeiTConfig": "deit",
+    "DetectionModel": "detection",
+    "DetectorConfig": "detection",
     "DirectionalSSM": "mixer",
     "SegmentationModel": "segmentation",
     "SegmenterConfig": "segmentation",
@@ -49,6 +55,7 @@ _HOMES = {
     "WeightsHeader": "weights",
     "load": "weights",
     "load_backbone": "start",
+    "load_detector": "start",
     "load_published": "published",
     "load_segmenter": "start",
     "read_header": "weights",

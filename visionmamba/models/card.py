@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,16 +12,43 @@ from visionmamba.models.released import PUBLISHED_MODELS
 _NAMED_CLASSES = 20
 
 
+class _Use(NamedTuple):
+    """What a card says of a model with a backbone inside."""
+
+    pipeline: str
+    predictor: str
+    what: str
+    result: str
+    outputs: str
+
+
+_USES = {
+    "segmenter": _Use(
+        "image-segmentation", "Segmenter", "A semantic segmenter", "segmentation", "at every pixel"
+    ),
+    "detector": _Use(
+        "object-detection", "Detector", "A detector with instance masks", "detections",
+        "with a box and a mask each",
+    ),
+}  # fmt: skip
+_HEADS = {
+    "upernet": "UperNet",
+    "segmenter": "the mask transformer of Segmenter",
+    "cascade": "Cascade Mask R-CNN",
+    "mask": "Mask R-CNN",
+}
+
+
 def model_card(model: nn.Module, header: Mapping[str, Any]) -> str:
     """Return a card with the Hub's metadata, the way to load the model and what it is.
 
     Args:
-        model: a Vim, a DeiT or a segmenter.
+        model: a Vim, a DeiT, a segmenter or a detector.
         header: the fields of its WeightsHeader.
     """
     config, is_vim = header["config"], header["architecture"] == "vim"
-    if header["architecture"] == "segmenter":
-        return _segmenter_card(model, header)
+    if header["architecture"] in _USES:
+        return _card_with_backbone(model, header)
     report = getattr(model, "load_report", None)
     origin = Path(report.source).name if report else None
     released = next((one for one in PUBLISHED_MODELS if one.filename == origin), None)
@@ -65,11 +92,11 @@ def model_card(model: nn.Module, header: Mapping[str, Any]) -> str:
     )
 
 
-def _segmenter_card(model: nn.Module, header: Mapping[str, Any]) -> str:
+def _card_with_backbone(model: nn.Module, header: Mapping[str, Any]) -> str:
     config, backbone = header["config"], header["config"]["backbone"]
     name = "Vision Mamba (Vim)" if backbone["architecture"] == "vim" else "DeiT"
-    head = "UperNet" if config["head"] == "upernet" else "the mask transformer of Segmenter"
-    metadata = ["library_name: visionmamba", "pipeline_tag: image-segmentation"]
+    head, use = _HEADS[config["head"]], _USES[header["architecture"]]
+    metadata = ["library_name: visionmamba", f"pipeline_tag: {use.pipeline}"]
     if backbone["architecture"] == "vim":
         metadata += ["tags:", "- vision-mamba", "- state-space-model", "- arxiv:2401.09417"]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -78,7 +105,7 @@ def _segmenter_card(model: nn.Module, header: Mapping[str, Any]) -> str:
         f"- Pictures: any size, {backbone['in_channels']} channels; positions learned for "
         f"{_size(backbone['image_size'])} px",
         f"- Patches of {backbone['patch_size']} px, {backbone['depth']} blocks",
-        f"- Outputs: {_outputs(config['num_classes'], header['class_names'])}, at every pixel",
+        f"- Outputs: {_outputs(config['num_classes'], header['class_names'])}, {use.outputs}",
     ]
     if header["preprocessing"]:
         facts.append(f"- Preparation of pictures: {_listed(header['preprocessing'])}")
@@ -86,11 +113,11 @@ def _segmenter_card(model: nn.Module, header: Mapping[str, Any]) -> str:
         (
             *("---", *metadata, "---", ""),
             *(f"# {name}, {backbone['d_model']} wide, with {head}", ""),
-            "A semantic segmenter of the Python package `visionmamba`. Download this folder, then:",
+            f"{use.what} of the Python package `visionmamba`. Download this folder, then:",
             "",
-            *("```python", "from visionmamba import Segmenter", ""),
-            'segmentation = Segmenter.load("path/to/this/folder")("picture.jpg")',
-            *('segmentation.save("result")', "```", "", *facts, ""),
+            *("```python", f"from visionmamba import {use.predictor}", ""),
+            f'{use.result} = {use.predictor}.load("path/to/this/folder")("picture.jpg")',
+            *(f'{use.result}.save("result")', "```", "", *facts, ""),
             "`config.json` and the header of `model.safetensors` hold the whole configuration.",
             "",
         )

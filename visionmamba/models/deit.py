@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from visionmamba.models.config import FeatureKind, kind_of_each, names_valid_options
@@ -79,12 +79,17 @@ class DeiTConfig:
 
 
 class DeiT(VisionTransformer):
-    """timm's VisionTransformer built from a DeiTConfig; takes any size that fits its patches."""
+    """timm's VisionTransformer built from a DeiTConfig; takes any size that fits its patches.
+
+    Args:
+        config: all options.
+        block: class of its blocks, which has timm's face and names of parameters.
+    """
 
     header: "WeightsHeader | None" = None
     """What the weights file said of outputs and pictures; None for a model that was not loaded."""
 
-    def __init__(self, config: DeiTConfig) -> None:
+    def __init__(self, config: DeiTConfig, *, block: type[Block] = Block) -> None:
         options: dict[str, Any] = {
             "img_size": config.image_size,
             "patch_size": config.patch_size,
@@ -95,6 +100,7 @@ class DeiT(VisionTransformer):
             "num_heads": config.num_heads,
             "drop_path_rate": config.drop_path,
             "dynamic_img_size": True,
+            "block_fn": block,
         }
         super().__init__(**options)
         self.config = config

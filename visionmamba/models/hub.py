@@ -31,6 +31,7 @@ from visionmamba.models.weights import (
 )
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
+_CHECKPOINT = ".ckpt"  # of a run of training, which is no weights file
 
 
 def from_pretrained(
@@ -81,11 +82,16 @@ def find_weights(
 ) -> Path:
     """Return the file with the weights meant, downloaded when it is on the Hub only.
 
-    Args, Raises: as from_pretrained.
+    Args, Raises: as from_pretrained; ValueError also for a checkpoint of training.
     """
     path, name = Path(name_or_path), os.fspath(name_or_path)
     if path.is_dir():
         return _weights_in(path, filename)
+    if path.is_file() and path.suffix == _CHECKPOINT:
+        raise ValueError(
+            f"{name} is what a run of training goes on from; give the weights beside it, "
+            "best.safetensors or last.safetensors"
+        )
     if path.is_file():
         return path
     known = {model.name: model for model in PUBLISHED_MODELS}
@@ -93,7 +99,7 @@ def find_weights(
         repository, filename = known[name].repository, known[name].filename
     elif _is_repository(name):
         repository, filename = name, filename or _only_weights_of(name)
-    elif path.suffix in _SUFFIXES or len(path.parts) > 1:
+    elif path.suffix in (*_SUFFIXES, _CHECKPOINT) or len(path.parts) > 1:
         raise FileNotFoundError(f"weights file {name} is missing; check the path")
     else:
         raise ValueError(
@@ -172,7 +178,9 @@ def _weights_in(folder: Path, filename: str | None) -> Path:
 
 
 def _is_repository(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(_SUFFIXES)
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(
+        (*_SUFFIXES, _CHECKPOINT)
+    )
 
 
 def _only_weights_of(repository: str) -> str:

@@ -1,4 +1,4 @@
-"""Segmenters started from the weights of other models: a classifier's, or a whole segmenter's.
+"""Segmenters and detectors that start from the weights of others: a backbone's, or all of them.
 
 Files are read by weights.py and published_file.py; how a Vim's weights are fitted is in adapt.py.
 """
@@ -21,15 +21,17 @@ from visionmamba.models.adapt import (
 )
 from visionmamba.models.config import VimConfig, VimOptions
 from visionmamba.models.deit import DeiT, DeiTConfig
+from visionmamba.models.detection import DetectionModel, DetectorConfig
 from visionmamba.models.hub import find_weights
 from visionmamba.models.published import load_published
 from visionmamba.models.published_file import Which, read_checkpoint
-from visionmamba.models.segmentation import SegmentationModel
+from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
 from visionmamba.models.vim import Vim
 from visionmamba.models.weights import (
     METADATA_KEY,
     WeightsHeader,
-    config_of,
+    backbone_config_of,
+    detector_config_of,
     load_strictly,
     read_header,
     read_metadata,
@@ -44,18 +46,18 @@ _PREFIX = "backbone."
 def load_backbone(
     model: nn.Module, weights: str | os.PathLike[str], *, which: Which = "model"
 ) -> LoadReport:
-    """Start the backbone of a segmenter from weights, in place, and return what was changed.
+    """Start the backbone of a model from weights, in place, and return what was changed.
 
     The position embedding is resized to the backbone's image_size with the rows of class tokens
     kept apart, wherever they stand; class tokens that the backbone does not have are dropped with
     their rows, as are a classifier and a norm that nothing reads.
 
     Args:
-        model: a SegmentationModel or any module with one Vim or DeiT inside, such as transformers'
-            models over VimBackbone; all else in it is left as it is.
-        weights: a file or folder of this package, with a classifier or a segmenter; for a Vim a
-            file of its authors or a name that `visionmamba models` lists; for a DeiT a file of its
-            authors or timm's repository OWNER/NAME on the Hub.
+        model: a SegmentationModel, a DetectionModel or any module with one Vim or DeiT inside, such
+            as transformers' models over VimBackbone; all else in it is left as it is.
+        weights: a file or folder of this package, with a classifier, a segmenter or a detector; for
+            a Vim a file of its authors or a name that `visionmamba models` lists; for a DeiT a file
+            of its authors or timm's repository OWNER/NAME on the Hub.
         which: entry of an authors' file: the raw weights or their moving average.
 
     Raises:
@@ -89,19 +91,38 @@ def load_segmenter(model: SegmentationModel, weights: str | os.PathLike[str]) ->
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of a classifier, of another number of classes, or does not fit.
+        ValueError: it is of another model, of another number of classes, or does not fit.
     """
     path = weights_file(find_weights(weights))
     header = read_header(path)
-    held = segmenter_config_of(header, path)
+    _load_whole(model, segmenter_config_of(header, path), path)
+    return header
+
+
+def load_detector(model: DetectionModel, weights: str | os.PathLike[str]) -> WeightsHeader:
+    """Load all weights of a detector into one of the same configuration; return their header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another model, of another number of classes, or does not fit.
+    """
+    path = weights_file(find_weights(weights))
+    header = read_header(path)
+    _load_whole(model, detector_config_of(header, path), path)
+    return header
+
+
+def _load_whole(
+    model: SegmentationModel | DetectionModel, held: SegmenterConfig | DetectorConfig, path: Path
+) -> None:
     if held.num_classes != model.num_classes:
+        name = "segmenter" if isinstance(model, SegmentationModel) else "detector"
         raise ValueError(
-            f"{path} holds a segmenter of {held.num_classes} classes and the data have "
+            f"{path} holds a {name} of {held.num_classes} classes and the data have "
             f"{model.num_classes}; take its backbone alone, by a recipe's backbone_only or by "
             "visionmamba.models.load_backbone, or give weights of the same classes"
         )
     load_strictly(model, read_tensors(path), path)
-    return header
 
 
 _Started = tuple[dict[str, Tensor], LoadReport]
@@ -117,7 +138,7 @@ def _start_vim(path: Path, config: VimConfig, is_ours: bool, which: Which) -> _S
         return vim.state_dict(), replace(vim.load_report, notes=notes)
     held, state = _read_ours(path)
     if not isinstance(held, VimConfig):
-        raise ValueError(f"{path} holds a DeiT and the segmenter's backbone is a Vim; give a Vim's")
+        raise ValueError(f"{path} holds a DeiT and the backbone to start is a Vim; give a Vim's")
     vim, changes = build_fitted(
         state, held, config, source_grid=patch_grid(held), resize="grid", name=path
     )
@@ -132,13 +153,13 @@ def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started
         found, state = _read_ours(path)
         if not isinstance(found, DeiTConfig):
             raise ValueError(
-                f"{path} holds a Vim and the segmenter's backbone is a DeiT; give a DeiT's"
+                f"{path} holds a Vim and the backbone to start is a DeiT; give a DeiT's"
             )
         held = found
         for option in ("patch_size", "d_model", "depth", "num_heads"):
             if getattr(held, option) != getattr(config, option):
                 raise ValueError(
-                    f"{path} has {option} {getattr(held, option)} and the segmenter's backbone has "
+                    f"{path} has {option} {getattr(held, option)} and the backbone to start has "
                     f"{getattr(config, option)}, which loading cannot change"
                 )
     else:
@@ -146,23 +167,31 @@ def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started
     rows = state.get("pos_embed")
     side = math.isqrt(max(rows.shape[1] - 1, 1)) if rows is not None and rows.dim() == 3 else 1
     old_grid = (side, side) if held is None else _grid(held)
-    if rows is None or rows.shape != (1, math.prod(old_grid) + 1, config.d_model):
+    # a detector's DeiT has no class token, all others have
+    old_places: tuple[int, ...] = (0,) if held is None or "cls_token" in state else ()
+    num_rows = math.prod(old_grid) + len(old_places)
+    if rows is None or rows.shape != (1, num_rows, config.d_model):
         kind, patches = ("published DeiT", "a square of") if held is None else ("DeiT", "its")
+        tokens = " and one class token" if old_places else ""
         raise ValueError(
             f"{path} is not a {kind} {config.d_model} wide: it has no pos_embed of {patches} "
-            "patches and one class token"
+            f"patches{tokens}"
+        )
+    new_places: tuple[int, ...] = (0,) if deit.cls_token is not None else ()
+    if new_places and not old_places:
+        raise ValueError(
+            f"{path} holds a DeiT without class token, which the backbone to start has; give "
+            "weights of a classifier or of a segmenter"
         )
     changes = []
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     new_grid = _grid(config)
-    old_places: tuple[int, ...] = (0,) if "cls_token" in state else ()
-    new_places = old_places if deit.cls_token is not None else ()
     if (old_grid, old_places) != (new_grid, new_places):
         state["pos_embed"] = fit_positions(rows, (old_grid, old_places), (new_grid, new_places))
     if old_grid != new_grid:
         changes.append(f"position embedding resized from {old_grid} to {new_grid} patches")
     if old_places and not new_places:
-        del state["cls_token"]
+        state.pop("cls_token", None)
         changes.append("class token dropped")
     key = "patch_embed.proj.weight"
     channels = state[key].shape[1] if key in state and state[key].dim() == 4 else 0
@@ -175,13 +204,11 @@ def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started
 def _read_ours(path: Path) -> tuple[VimConfig | DeiTConfig, dict[str, Tensor]]:
     """Return configuration and tensors of the backbone in a file of this package, without head.
 
-    Norms that a segmenter did not have are those of a fresh model, ones and zeros.
+    Norms that a segmenter or a detector did not have are those of a fresh model, ones and zeros.
     """
     header, state = read_header(path), read_tensors(path)
-    if header.architecture != "segmenter":
-        held = config_of(header, path)
-    else:
-        held = segmenter_config_of(header, path).backbone
+    held = backbone_config_of(header, path)
+    if header.architecture in ("segmenter", "detector"):
         state = {k.removeprefix(_PREFIX): t for k, t in state.items() if k.startswith(_PREFIX)}
     plain = replace(held, num_classes=0)
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from visionmamba import __version__
 from visionmamba.models.card import model_card
 from visionmamba.models.config import VimConfig
 from visionmamba.models.deit import DeiT, DeiTConfig
+from visionmamba.models.detection import DetectionModel, DetectorConfig
 from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
 from visionmamba.models.vim import Vim
 
@@ -29,7 +30,23 @@ METADATA_KEY = "visionmamba"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 
-Architecture = Literal["vim", "deit", "segmenter"]
+Architecture = Literal["vim", "deit", "segmenter", "detector"]
+Config = VimConfig | DeiTConfig | SegmenterConfig | DetectorConfig
+"""Of any model that weights are saved of."""
+
+_ARCHITECTURES: dict[type[Config], Architecture] = {
+    VimConfig: "vim",
+    DeiTConfig: "deit",
+    SegmenterConfig: "segmenter",
+    DetectorConfig: "detector",
+}
+_TASKS: dict[Architecture, str] = {
+    "vim": "classification",
+    "deit": "classification",
+    "segmenter": "segmentation",
+    "detector": "detection",
+}
+_WithBackbone = TypeVar("_WithBackbone", SegmenterConfig, DetectorConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +62,14 @@ class WeightsHeader:
     architecture: Architecture = "vim"
     """Which configuration class `config` is for."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of VimConfig, DeiTConfig or SegmenterConfig; the `backbone` of the last holds
-    "architecture" beside its fields."""
+    """Fields of VimConfig, DeiTConfig, SegmenterConfig or DetectorConfig; the `backbone` of the
+    last two holds "architecture" beside its fields."""
     class_names: tuple[str, ...] = ()
     """Names of the outputs, in order; empty when unknown."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     """How pictures become the model's input: interpolation, mean and std; for a classifier also
-    image_size, crop_fraction and channels, for a segmenter crop_size, short_side, max_long_side."""
+    image_size, crop_fraction and channels, for a segmenter crop_size, short_side, max_long_side,
+    for a detector image_size."""
     details: dict[str, Any] = field(default_factory=dict)
     """What else the task needs to know; in the file only when there is any."""
 
@@ -72,15 +90,16 @@ def save(
     preprocessing: Mapping[str, Any] | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a Vim, DeiT or segmenter as safetensors, under a temporary name first, so never half.
+    """Write a Vim, DeiT, segmenter or detector as safetensors; what is there is never half.
 
     A path without ending, or of a folder, becomes a folder laid out for the Hub: model.safetensors,
     config.json (the header, for readers) and the model card README.md, unless there is one.
 
     Args:
-        model: a model with a VimConfig, DeiTConfig or SegmenterConfig as `.config`.
+        model: a model with one of these configurations as `.config`.
         path: NAME.safetensors or a folder; existing weights are replaced.
-        task: see WeightsHeader; None is "segmentation" for a segmenter, else "classification".
+        task: see WeightsHeader; None is "segmentation" for a segmenter, "detection" for a detector,
+            else "classification".
         class_names, preprocessing, details: see WeightsHeader; None takes those that the model was
             loaded with, if any.
 
@@ -91,8 +110,10 @@ def save(
         FileNotFoundError: the folder does not exist.
     """
     config = getattr(model, "config", None)
-    if not isinstance(config, VimConfig | DeiTConfig | SegmenterConfig):
-        raise TypeError(f"save takes a Vim, a DeiT or a segmenter; got {type(model).__name__}")
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"save takes a Vim, a DeiT, a segmenter or a detector; got {type(model).__name__}"
+        )
     loaded_with = getattr(model, "header", None) or WeightsHeader()
     if class_names is None:
         class_names = loaded_with.class_names
@@ -104,9 +125,9 @@ def save(
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent}; make it, then save again")
-    architecture = _architecture_of(config)
+    architecture = _ARCHITECTURES[type(config)]
     header = WeightsHeader(
-        task=task or ("segmentation" if architecture == "segmenter" else "classification"),
+        task=task or _TASKS[architecture],
         architecture=architecture,
         config=_config_to_dict(config),
         class_names=tuple(class_names),
@@ -172,7 +193,7 @@ def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
 
 def load(
     path: str | os.PathLike[str], *, device: str | torch.device = "auto"
-) -> Vim | DeiT | SegmentationModel:
+) -> Vim | DeiT | SegmentationModel | DetectionModel:
     """Return the model of a weights file in evaluation mode; its `.header` is a WeightsHeader.
 
     Args:
@@ -184,8 +205,13 @@ def load(
         ImportError: a segmenter's head needs visionmamba[segmentation].
     """
     header = read_header(path)
-    is_segmenter = header.architecture == "segmenter"
-    config = segmenter_config_of(header, path) if is_segmenter else config_of(header, path)
+    config: Config
+    if header.architecture == "segmenter":
+        config = segmenter_config_of(header, path)
+    elif header.architecture == "detector":
+        config = detector_config_of(header, path)
+    else:
+        config = config_of(header, path)
     model = config.build()
     load_strictly(model, read_tensors(path), path)
     model.header = header
@@ -228,12 +254,13 @@ def config_of(header: WeightsHeader, path: str | os.PathLike[str]) -> VimConfig 
     """Return the configuration of a classifier in a header.
 
     Raises:
-        ValueError: it does not hold, or is of a segmenter; the message names `path`.
+        ValueError: it does not hold, or is of another model; the message names `path`.
     """
-    if header.architecture == "segmenter":
+    if header.architecture in ("segmenter", "detector"):
+        held = header.architecture
         raise ValueError(
-            f"{os.fspath(path)} holds a segmenter and a classifier was wanted; load it with "
-            "visionmamba.load or Segmenter.load, or give weights of a classifier"
+            f"{os.fspath(path)} holds a {held} and a classifier was wanted; load it with "
+            f"visionmamba.load or {held.capitalize()}.load, or give weights of a classifier"
         )
     return _classifier_config(header.architecture, header.config, path)
 
@@ -242,22 +269,55 @@ def segmenter_config_of(header: WeightsHeader, path: str | os.PathLike[str]) -> 
     """Return the configuration of a segmenter in a header.
 
     Raises:
-        ValueError: it does not hold, or is of a classifier; the message names `path`.
+        ValueError: it does not hold, or is of another model; the message names `path`.
     """
-    if header.architecture != "segmenter":
+    return _config_with_backbone(SegmenterConfig, header, path)
+
+
+def detector_config_of(header: WeightsHeader, path: str | os.PathLike[str]) -> DetectorConfig:
+    """Return the configuration of a detector in a header.
+
+    Raises:
+        ValueError: it does not hold, or is of another model; the message names `path`.
+    """
+    return _config_with_backbone(DetectorConfig, header, path)
+
+
+def backbone_config_of(
+    header: WeightsHeader, path: str | os.PathLike[str]
+) -> VimConfig | DeiTConfig:
+    """Return the configuration of what reads the pictures: a classifier, or the backbone of others.
+
+    Raises:
+        ValueError: it does not hold; the message names `path`.
+    """
+    if header.architecture == "segmenter":
+        return segmenter_config_of(header, path).backbone
+    if header.architecture == "detector":
+        return detector_config_of(header, path).backbone
+    return config_of(header, path)
+
+
+def _config_with_backbone(
+    config_class: type[_WithBackbone], header: WeightsHeader, path: str | os.PathLike[str]
+) -> _WithBackbone:
+    wanted = _ARCHITECTURES[config_class]
+    if header.architecture != wanted:
+        held = header.architecture
+        name = "classifier" if held in ("vim", "deit") else held
         raise ValueError(
-            f"{os.fspath(path)} holds a classifier and a segmenter was wanted; start a segmenter's "
+            f"{os.fspath(path)} holds a {name} and a {wanted} was wanted; start a {wanted}'s "
             "backbone from it with visionmamba.models.load_backbone, and train that"
         )
     options = dict(header.config)
-    held = options.get("backbone")
-    architecture = held.get("architecture") if isinstance(held, dict) else None
-    if not isinstance(held, dict) or architecture not in ("vim", "deit"):
+    held_backbone = options.get("backbone")
+    architecture = held_backbone.get("architecture") if isinstance(held_backbone, dict) else None
+    if not isinstance(held_backbone, dict) or architecture not in ("vim", "deit"):
         raise ValueError(f"{os.fspath(path)} has a damaged visionmamba header; get it again")
-    backbone = {name: value for name, value in held.items() if name != "architecture"}
+    backbone = {name: value for name, value in held_backbone.items() if name != "architecture"}
     options["backbone"] = _classifier_config(architecture, backbone, path)
     try:
-        return SegmenterConfig(**options)
+        return config_class(**options)
     except (TypeError, ValueError) as error:
         raise _unbuildable(path, error) from None
 
@@ -279,18 +339,12 @@ def _unbuildable(path: str | os.PathLike[str], error: Exception) -> ValueError:
     return ValueError(f"{os.fspath(path)} describes a model that cannot be built: {error}")
 
 
-def _config_to_dict(config: VimConfig | DeiTConfig | SegmenterConfig) -> dict[str, Any]:
+def _config_to_dict(config: Config) -> dict[str, Any]:
     values = asdict(config)
-    if isinstance(config, SegmenterConfig):
-        architecture = _architecture_of(config.backbone)
+    if isinstance(config, SegmenterConfig | DetectorConfig):
+        architecture = _ARCHITECTURES[type(config.backbone)]
         values["backbone"] = {"architecture": architecture, **values["backbone"]}
     return values
-
-
-def _architecture_of(config: VimConfig | DeiTConfig | SegmenterConfig) -> Architecture:
-    if isinstance(config, SegmenterConfig):
-        return "segmenter"
-    return "vim" if isinstance(config, VimConfig) else "deit"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -7,6 +7,7 @@ from typing import Any
 from visionmamba.data import (
     Augmentation,
     DataSource,
+    DetectionSplits,
     EvalBatches,
     ImageSet,
     ImageSplits,
@@ -40,8 +41,9 @@ class TaskRecipe:
     device_batch_size: int | None = None
     """Pictures that one device takes at once, in training and in validation; None gives each its
     share of batch_size. With less, several passes make a step, which is the same but for rounding
-    and for what each pass does on its own: it draws mixing, dropout and drop path, and in
-    segmentation takes the mean loss over its own labelled pixels and has its own batch norms."""
+    and for what each pass does on its own: it draws mixing, dropout and drop path, in detection the
+    boxes that it learns from, and in segmentation takes the mean loss over its own labelled pixels
+    and has its own batch norms."""
     ema_decay: float | None = None
     """Decay a step of a moving average of the weights, which is judged and kept beside them; None
     keeps none."""
@@ -95,7 +97,7 @@ class TaskRecipe:
         train_batches: EpochBatches,
         val_batches: Batches,
         passes_per_step: int,
-        splits: ImageSplits | SegmentationSplits,
+        splits: ImageSplits | SegmentationSplits | DetectionSplits,
     ) -> Experiment:
         """Returns what the training loop asks for, with the parts that a task decides."""
         return Experiment(

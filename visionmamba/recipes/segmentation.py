@@ -1,8 +1,6 @@
 """SegmentationRecipe: everything that decides the result of a segmentation run."""
 
-import warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from visionmamba.data import (
     SegmentationAugmentation,
@@ -11,22 +9,14 @@ from visionmamba.data import (
     SegmentationSource,
     SegmentationTrainBatches,
 )
-from visionmamba.models import (
-    SegmentationModel,
-    SegmenterConfig,
-    load_backbone,
-    load_segmenter,
-    read_header,
-)
-from visionmamba.models.hub import find_weights
-from visionmamba.models.weights import METADATA_KEY, read_metadata, weights_file
-from visionmamba.recipes.recipe import TaskRecipe, pair_of
+from visionmamba.models import SegmenterConfig, load_segmenter
+from visionmamba.recipes.dense import DenseRecipe
 from visionmamba.tasks import Inference, SegmentationTask
 from visionmamba.training import Experiment
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationRecipe(TaskRecipe):
+class SegmentationRecipe(DenseRecipe):
     """A run that learns masks. Two equal recipes give equal weights on a CPU."""
 
     data: SegmentationSource
@@ -37,15 +27,6 @@ class SegmentationRecipe(TaskRecipe):
     """How pictures become the model's input; also kept in the weights file."""
     augmentation: SegmentationAugmentation
     """Random changes of the training pictures and their masks."""
-    epoch_steps: int | None = None
-    """Steps of an epoch, that is, from one validation to the next; they go through the training
-    pictures as often as they need. None makes an epoch of one pass over the pictures."""
-    weights: Path | str | None = None
-    """Weights to start from. Those of a classifier (a file or folder of this package, the authors'
-    .pth, a published name) become the backbone; those of a segmenter go on as a whole, and must
-    have the classes of the data."""
-    backbone_only: bool = False
-    """Take only the backbone from weights of a segmenter, for data with other classes."""
     inference: Inference = field(default_factory=Inference)
     """How pictures go through the model in validation; also kept in the weights file."""
     auxiliary_weight: float = 0.4
@@ -53,16 +34,7 @@ class SegmentationRecipe(TaskRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epoch_steps is not None and self.epoch_steps < 1:
-            raise ValueError(f"epoch_steps must be at least 1 or None, got {self.epoch_steps}")
-        side, crop = pair_of(self.model.image_size), pair_of(self.preprocessing.crop_size)
-        if side != crop:
-            raise ValueError(
-                f"model.backbone.image_size {side} and preprocessing.crop_size {crop} must be "
-                "equal; set both"
-            )
-        if self.backbone_only and self.weights is None:
-            raise ValueError("backbone_only says what to take of weights; give weights, too")
+        self._check_sizes(self.model.image_size, self.preprocessing.crop_size, name="crop_size")
 
     def build(self, *, num_workers: int = 0, rank: int = 0, num_ranks: int = 1) -> Experiment:
         """Reads the data and makes the model; its weights come from torch's global generator.
@@ -82,12 +54,7 @@ class SegmentationRecipe(TaskRecipe):
         splits = self.data.build()
         class_names = splits.train.class_names
         model = replace(self.model, num_classes=len(class_names)).build()
-        if self.weights is not None:
-            notes = _start_from(self.weights, model, backbone_only=self.backbone_only)
-            if notes and rank == 0:
-                warnings.warn(
-                    f"{self.weights} starts the backbone, but {'; '.join(notes)}", stacklevel=2
-                )
+        self._start(model, architecture="segmenter", load_whole=load_segmenter, rank=rank)
         return self._experiment(
             task=SegmentationTask(
                 model,
@@ -119,15 +86,3 @@ class SegmentationRecipe(TaskRecipe):
             passes_per_step=passes,
             splits=splits,
         )
-
-
-def _start_from(
-    weights: Path | str, model: SegmentationModel, *, backbone_only: bool
-) -> tuple[str, ...]:
-    """Gives a new model weights of a classifier or of a segmenter; returns the notes."""
-    path = weights_file(find_weights(weights))
-    is_ours = path.suffix == ".safetensors" and METADATA_KEY in read_metadata(path)
-    if backbone_only or not is_ours or read_header(path).architecture != "segmenter":
-        return load_backbone(model, weights).notes
-    load_segmenter(model, weights)
-    return ()

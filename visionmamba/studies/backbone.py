@@ -8,17 +8,21 @@ import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from visionmamba.models import DeiTConfig, VimConfig
+from visionmamba.models import DeiTConfig, DetectorConfig, SegmenterConfig, VimConfig
+from visionmamba.recipes.dense import DenseRecipe
+from visionmamba.recipes.detection import DetectionRecipe
 from visionmamba.recipes.digits import digits_deit
 from visionmamba.recipes.recipe import Recipe
 from visionmamba.recipes.scratch import vim_tiny_folder
 from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.studies.jobs import AnyRecipe, Job, Outcome
+from visionmamba.studies.overlays import draw_largest_objects
 from visionmamba.studies.pool import TrainingPool
 from visionmamba.studies.settings import StudySettings, Task
 from visionmamba.studies.study import RunOptions, Study, Variant, alone_in
+from visionmamba.tasks.detection_metrics import COLUMNS
 from visionmamba.training.checkpoint import replace_json
 
 if TYPE_CHECKING:
@@ -26,12 +30,18 @@ if TYPE_CHECKING:
 
     from visionmamba.studies.results import StudyResult
 
-# arXiv 2401.09417, tables 1 and 2: ImageNet-1k top-1; ADE20K mIoU from ImageNet weights
+# arXiv 2401.09417, tables 1 to 3: ImageNet-1k top-1; ADE20K mIoU, COCO AP from ImageNet weights
 _PAPER: dict[Task, tuple[str, dict[str, str]]] = {
     "classification": ("ImageNet top-1", {"Vim-Ti": "76.1", "DeiT-Ti": "72.2"}),
     "segmentation": ("ADE20K mIoU", {"Vim-Ti": "41.0", "DeiT-Ti": "39.2"}),
+    "detection": ("COCO mask AP", {"Vim-Ti": "39.2", "DeiT-Ti": "38.1"}),
+}
+_PAPER_AP = {  # table 3: boxes, masks; in the order of COLUMNS
+    "Vim-Ti": ("45.7 63.9 49.6 26.1 49.0 63.2", "39.2 60.9 41.7 18.2 41.8 60.2"),
+    "DeiT-Ti": ("44.4 63.0 47.8 26.1 47.4 61.8", "38.1 59.9 40.5 18.1 40.5 58.4"),
 }
 _HEAD_CHANNELS = 64
+_BLOCKS_A_GLOBAL_ONE = 3  # ViTDet's four of twelve
 _PRETRAINED_DIVISOR = 5  # of the learning rates, as in `vim_camvid` with weights
 _EPOCHS_FILE = "epochs.json"
 
@@ -40,16 +50,16 @@ _EPOCHS_FILE = "epochs.json"
 class BackboneComparison(StudySettings):
     """Train a Vim and a DeiT of the same width under the same rules and compare them.
 
-    For segmentation, with UperNet on both; with --pretraining-data also from weights that both get
-    from the same minutes of classification, which are spent first; these variants are trained at a
-    fifth of the learning rates.
+    For segmentation, with UperNet on both, for detection with Cascade Mask R-CNN; there with
+    --pretraining-data also from weights that both get from the same minutes of classification,
+    which are spent first; these variants are trained at a fifth of the learning rates.
     """
 
     name: ClassVar[str] = "backbone"
 
     pretraining_data: Path | None = None
-    """Segmentation: a folder with train/ and val/ of class folders that both backbones learn first;
-    None compares them from drawn weights alone."""
+    """Segmentation, detection: a folder with train/ and val/ of class folders that both backbones
+    learn first; None compares them from drawn weights alone."""
     pretraining_minutes: float = 3.0
     """Minutes of classification; as many epochs as each backbone can do in them beside the other,
     by the time of one."""
@@ -61,11 +71,23 @@ class BackboneComparison(StudySettings):
     """Peak learning rate of classification."""
     pretraining_batch_size: int = 256
     """Pictures of a step in classification."""
+    window_size: int | None = None
+    """Detection: side in patches of the windows that DeiT's attention is confined to, as in ViTDet
+    (there 14), but for every third block; None lets all blocks see the whole picture, as Vim's."""
+    overlays: int = 0
+    """Detection: so many pictures of the validation split, those with the largest objects, are
+    drawn with what each variant finds in them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task == "classification" and self.pretraining_data is not None:
-            raise ValueError("pretraining_data is for --task segmentation; leave it out")
+            raise ValueError(
+                "pretraining_data is for --task segmentation and detection; leave it out"
+            )
+        if self.task != "detection" and (self.window_size is not None or self.overlays):
+            raise ValueError("window_size and overlays are for --task detection; leave them out")
+        if self.overlays < 0:
+            raise ValueError(f"overlays must be at least 0; got {self.overlays}")
         if not 0 < self.pretraining_minutes < math.inf:
             raise ValueError(
                 f"pretraining_minutes must be positive; got {self.pretraining_minutes}"
@@ -83,7 +105,11 @@ class BackboneComparison(StudySettings):
         options = self.run_options(num_workers)
         recipes = self._recipes()
         lessons = self._pretrain(recipes, options, console)
-        return self.plan(lessons).run(options, console=console)
+        result = self.plan(lessons).run(options, console=console)
+        if self.overlays:
+            path = draw_largest_objects(result, self.overlays, device=options.device)
+            console.print(f"drew {path}", highlight=False)
+        return result
 
     def plan(self, lessons: "dict[str, Lessons] | None" = None) -> Study:
         """Returns the study, of which nothing is trained yet.
@@ -96,27 +122,28 @@ class BackboneComparison(StudySettings):
         recipes = self._recipes()
         (vim, _), (deit, _) = recipes.items()
         heading, paper = _PAPER[self.task]
-        is_published = self.task == "classification"  # the paper segments from weights alone
+        is_published = self.task == "classification"  # the paper's others begin with weights
         variants = []
         for start in ("from scratch", "pretrained") if lessons else ("from scratch",):
             for name, recipe in recipes.items():
                 own, rates = recipe, None
-                if start == "pretrained" and isinstance(recipe, SegmentationRecipe):
+                if start == "pretrained" and isinstance(recipe, DenseRecipe):
                     own = replace(recipe, weights=lessons[name].weights)
                     rates = tuple(
                         float(f"{lr / _PRETRAINED_DIVISOR:g}") for lr in self.learning_rates
                     )
-                number = paper.get(name, "") if is_published or start == "pretrained" else ""
+                is_comparable = is_published or start == "pretrained"
                 variants.append(
                     Variant(
                         name=f"{name}, {start}",
                         recipe=own,
                         learning_rates=rates,
                         compared_with=f"{deit}, {start}" if name == vim else None,
-                        paper={heading: number},
+                        paper={heading: paper.get(name, "") if is_comparable else ""},
+                        paper_metrics=self._paper_metrics(name) if is_comparable else {},
                     )
                 )
-        notes = [f"Data: {self.data_name}; the paper's column: {heading.rpartition(' ')[0]}."]
+        notes = [f"Data: {self.data_name}; the paper's column: {heading.partition(' ')[0]}."]
         if lessons:
             said = "; ".join(f"{name} {lesson}" for name, lesson in lessons.items())
             notes.append(f"Pretrained on {self.pretraining_data}: {said}.")
@@ -126,11 +153,11 @@ class BackboneComparison(StudySettings):
     def _recipes(self) -> dict[str, AnyRecipe]:
         """Returns how the Vim and the DeiT are trained, by their names."""
         vim = self.recipe()
-        if isinstance(vim, SegmentationRecipe):
+        deit: AnyRecipe
+        if isinstance(vim, SegmentationRecipe | DetectionRecipe):
             backbone = vim.model.backbone
             assert isinstance(backbone, VimConfig)
-            twin = replace(vim.model, backbone=_deit_like(backbone))
-            deit: AnyRecipe = replace(vim, name=_twins_name(vim), model=twin)
+            deit = replace(vim, name=_twins_name(vim), model=self._twins_model(vim.model))
         else:
             assert isinstance(vim.model, VimConfig)
             backbone = vim.model
@@ -140,6 +167,27 @@ class BackboneComparison(StudySettings):
                 deit = replace(vim, name=_twins_name(vim), model=_deit_like(backbone))
         size = "-Ti" if (backbone.d_model, backbone.depth) == (192, 24) else ""
         return {f"Vim{size}": vim, f"DeiT{size}": deit}
+
+    def _twins_model(self, model: SegmenterConfig | DetectorConfig) -> Any:
+        """Returns the model with a DeiT in place of its Vim."""
+        assert isinstance(model.backbone, VimConfig)
+        backbone = _deit_like(model.backbone)
+        if isinstance(model, DetectorConfig):
+            num_global = max(backbone.depth // _BLOCKS_A_GLOBAL_ONE, 1)
+            return replace(
+                model, backbone=backbone, window_size=self.window_size, num_global=num_global
+            )
+        return replace(model, backbone=backbone)
+
+    def _paper_metrics(self, name: str) -> dict[str, str]:
+        """Returns what the paper's table 3 has of a model, by the names of the metrics."""
+        if self.task != "detection" or name not in _PAPER_AP:
+            return {}
+        return {
+            f"val_{kind}_{column}": number
+            for kind, numbers in zip(("box", "mask"), _PAPER_AP[name], strict=True)
+            for column, number in zip(COLUMNS, numbers.split(), strict=True)
+        }
 
     def _pretrain(
         self, recipes: dict[str, AnyRecipe], options: RunOptions, console: "Console"
@@ -165,8 +213,8 @@ class BackboneComparison(StudySettings):
         return lessons
 
     def _classifier(self, recipe: AnyRecipe) -> Recipe:
-        """Returns how the backbone of a segmenter learns to classify."""
-        assert isinstance(recipe, SegmentationRecipe)
+        """Returns how the backbone of a segmenter or detector learns to classify."""
+        assert isinstance(recipe, SegmentationRecipe | DetectionRecipe)
         assert self.pretraining_data is not None
         side, backbone = self.pretraining_image_size, recipe.model.backbone
         model: VimConfig | DeiTConfig

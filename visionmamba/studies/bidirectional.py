@@ -44,6 +44,11 @@ class BidirectionalAblation(StudySettings):
     rows: tuple[Bidirectional, ...] = ("none", "sequence", "layer", "ssm", "ssm+conv")
     """Which of the five; the others are compared with the first."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task == "detection":
+            raise ValueError("bidirectional is for --task classification or segmentation")
+
     def plan(self) -> Study:
         """Returns the study, of which nothing is trained yet.
 

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 
 from visionmamba.data import MaskSplit
+from visionmamba.recipes.detection import DetectionRecipe
 from visionmamba.recipes.recipe import Recipe
 from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.tasks.segmentation_evaluation import evaluate_segmentation
 from visionmamba.training import NonFiniteError, fit
 
-AnyRecipe = Recipe | SegmentationRecipe
+AnyRecipe = Recipe | SegmentationRecipe | DetectionRecipe
 """What a study can train."""
 Judged = Literal["last", "best", "last_ema", "best_ema"]
 """Whose weights count: those after the last epoch, those of the best epoch on the validation split,

@@ -21,12 +21,21 @@ from visionmamba.training.checkpoint import replace_file
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from visionmamba.studies.study import Study, Variant
+    from visionmamba.studies.study import MetricTable, Study, Variant
 
 _LEFT_TO_FILES = ("seeds", "parameters", "minutes")
 """Columns that a terminal has no room for."""
 _DIFFERENCE = "difference"
-_LABELS = {"accuracy": "top-1", "miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+_LABELS = {
+    "accuracy": "top-1",
+    "miou": "mIoU",
+    "macc": "mAcc",
+    "aacc": "aAcc",
+    "box_ap": "box AP",
+    "mask_ap": "mask AP",
+}
+_UNKNOWN = "-"
+"""In a table of metrics: there was nothing to judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +125,17 @@ class StudyResult:
     outcomes: dict[Run, Outcome]
     """What each finished run came to."""
 
-    def scores(self, runs: Sequence[Run], *, test: bool = False) -> Scores | None:
-        """Returns the scores of those runs that have one; None when none has."""
-        name = self.test_score if test else self.study.score
+    def scores(
+        self, runs: Sequence[Run], *, test: bool = False, metric: str | None = None
+    ) -> Scores | None:
+        """Returns the scores of those runs that have one; None when none has.
+
+        Args:
+            runs: trainings, finished or not.
+            test: whether those on the test split are asked for.
+            metric: another validation metric than the study's score.
+        """
+        name = self.test_score if test else metric or self.study.score
         found = [self.outcomes[run] for run in runs if run in self.outcomes]
         values = tuple(
             (one.test if test else one.metrics)[name]
@@ -280,10 +297,12 @@ class StudyResult:
     def to_markdown(self) -> str:
         """Returns the table for a document, with its circumstances below."""
         headings, *rows = self._cells()
-        lines = [f"| {' | '.join(map(_in_markdown, row))} |" for row in rows]
-        above = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+        blocks = [_markdown_table(headings, rows)]
+        for table in self.study.tables:
+            headings, *rows = self._metric_cells(table)
+            blocks.append(f"{table.title}, validation:\n\n{_markdown_table(headings, rows)}")
         notes = " ".join((self._schedule(), *self.study.notes, *self.sentences()))
-        return "\n".join((*above, *lines, "", f"{notes} {self.machine.sentence()}", ""))
+        return "\n\n".join((*blocks, f"{notes} {self.machine.sentence()}\n"))
 
     def to_table(self) -> "Table":
         """Returns the table for the terminal."""
@@ -305,6 +324,22 @@ class StudyResult:
             )
             table.add_row(*compress(cells, shown))
         return table
+
+    def metric_tables(self) -> "list[Table]":
+        """Returns the study's tables of further metrics for the terminal."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        tables = []
+        for metrics in self.study.tables:
+            headings, *rows = self._metric_cells(metrics)
+            table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{metrics.title}, validation")
+            for heading in headings:
+                table.add_column(heading, justify="left" if heading == "variant" else "right")
+            for row in rows:
+                table.add_row(*row)
+            tables.append(table)
+        return tables
 
     def _schedule(self) -> str:
         study = self.study
@@ -350,6 +385,19 @@ class StudyResult:
             columns[f"paper, {name}"] = [one.paper.get(name, "") for one in study.variants]
         return [tuple(columns), *zip(*columns.values(), strict=True)]
 
+    def _metric_cells(self, table: "MetricTable") -> list[tuple[str, ...]]:
+        """Returns the headings, a row for each variant, and the paper's rows below."""
+        ours, paper = [], []
+        for variant in self.study.variants:
+            runs = self.runs_that_count(variant)
+            found = [self.scores(runs, metric=name) for name in table.metrics.values()]
+            ours.append((variant.name, *(str(one or _UNKNOWN) for one in found)))
+            names = [name.removesuffix("_ema") for name in table.metrics.values()]
+            numbers = [variant.paper_metrics.get(name, "") for name in names]
+            if any(numbers):
+                paper.append((f"{variant.name}, paper", *numbers))
+        return [("variant", *table.metrics), *ours, *paper]
+
     def _ordered(self) -> list[tuple[Run, Outcome]]:
         names = [variant.name for variant in self.study.variants]
         return sorted(
@@ -372,6 +420,11 @@ def _spread_of(difference: Difference) -> str:
     if difference.standard_error is None:
         return ", one seed"
     return f", standard error {difference.standard_error:.2f}"
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(map(_in_markdown, row))} |" for row in rows]
+    return "\n".join((f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *lines))
 
 
 def _in_markdown(cell: str) -> str:

@@ -1,24 +1,32 @@
 """What all studies of the command line have in common: data, rates, seeds, processes, folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from visionmamba.bench.machine import command_of
-from visionmamba.data import MaskFolder, MaskSplit
+from visionmamba.data import Coco, MaskFolder, MaskSplit
 from visionmamba.recipes.camvid import vim_camvid
 from visionmamba.recipes.digits import digits_vim
+from visionmamba.recipes.nuclei import vim_nuclei
+from visionmamba.recipes.objects import vim_large_objects, vim_objects
 from visionmamba.recipes.scratch import vim_tiny_folder
 from visionmamba.recipes.shapes import vim_shapes
 from visionmamba.studies.jobs import AnyRecipe, Judged
-from visionmamba.studies.study import RunOptions, Study, Variant, with_epochs
+from visionmamba.studies.study import MetricTable, RunOptions, Study, Variant, with_epochs
+from visionmamba.tasks.detection_metrics import COLUMNS
 from visionmamba.training import Precision
 
-Task = Literal["classification", "segmentation"]
+Task = Literal["classification", "segmentation", "detection"]
 
-_DRAWN: dict[Task, str] = {"classification": "digits", "segmentation": "shapes"}
-_SCORES: dict[Task, str] = {"classification": "val_accuracy", "segmentation": "val_miou"}
+_SCORES: dict[Task, str] = {
+    "classification": "val_accuracy",
+    "segmentation": "val_miou",
+    "detection": "val_mask_ap",
+}
+_KINDS = {"Boxes": "box", "Masks": "mask"}
+_HEADINGS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}
 
 _EMA_DECAY = 0.999
 
@@ -30,11 +38,12 @@ class StudySettings:
     name: ClassVar[str] = "study"
 
     task: Task = "classification"
-    """What is learned: one class a picture, or one a pixel."""
+    """What is learned: one class a picture, one a pixel, or objects with boxes and masks."""
     data: str = ""
     """Classification: "digits", or a folder with train/ and val/ of class folders. Segmentation:
-    "shapes", or a folder with {train,val,test}/{images,masks} and a file of classes. By default the
-    digits or the shapes, which are there without a download."""
+    "shapes", or a folder with {train,val,test}/{images,masks} and a file of classes. Detection:
+    "objects", "large-objects", or a folder in COCO's format. By default the digits, the shapes or
+    the objects, which are there without a download."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Peak learning rates that every variant is tried at; pretrained ones at a fifth of each."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -49,7 +58,7 @@ class StudySettings:
     batch_size: int | None = None
     """Pictures of a step."""
     epoch_steps: int | None = None
-    """Segmentation: steps from one validation to the next."""
+    """Segmentation, detection: steps from one validation to the next."""
     precision: Precision | None = None
     """"float32", or "bfloat16": forward and backward under autocast."""
     judged: Judged = "last"
@@ -63,13 +72,19 @@ class StudySettings:
     """Processes that prepare pictures beside each training; by default the machine's cores divided
     by the jobs on a GPU, none on the CPU."""
     cuda_graphs: bool = False
-    """Replay forward and backward from CUDA graphs, which spares the host; GPU only."""
+    """Replay forward and backward from CUDA graphs, which spares the host; GPU only, and not for
+    detection."""
     out: Path = Path("runs/study")
     """Folder of all runs and of the results; the same command goes on with what it finds there."""
 
     def __post_init__(self) -> None:
         if self.task == "classification" and self.epoch_steps is not None:
-            raise ValueError("epoch_steps is for --task segmentation; leave it out")
+            raise ValueError("epoch_steps is for --task segmentation and detection; leave it out")
+        if self.task == "detection" and self.cuda_graphs:
+            raise ValueError(
+                "the steps of a detector cannot be recorded, as they hang on the boxes found; "
+                "leave out --cuda-graphs"
+            )
         for name in ("epochs", "epoch_steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -79,7 +94,7 @@ class StudySettings:
     @property
     def data_name(self) -> str:
         """The data asked for, or those that are there without a download."""
-        return self.data or _DRAWN[self.task]
+        return self.data or next(iter(_drawn(self.task)))
 
     @property
     def command(self) -> str:
@@ -102,20 +117,22 @@ class StudySettings:
             FileNotFoundError: there is no such folder.
             ValueError: an option is out of range.
         """
-        recipe: AnyRecipe
-        is_drawn = self.data_name == _DRAWN[self.task]
+        drawn = _drawn(self.task)
+        if self.data_name in drawn:
+            return self.with_options(drawn[self.data_name]())
         root = Path(self.data_name)
-        if not is_drawn and not root.is_dir():
+        if not root.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {root} to learn {self.task} from; give --data a folder, or "
-                f"{_DRAWN[self.task]}"
+                f"{' or '.join(drawn)}"
             )
+        recipe: AnyRecipe
         if self.task == "classification":
-            recipe = digits_vim() if is_drawn else vim_tiny_folder(root)
-        elif is_drawn:
-            recipe = vim_shapes()
-        else:
+            recipe = vim_tiny_folder(root)
+        elif self.task == "segmentation":
             recipe = replace(vim_camvid(), data=MaskFolder(root=root))
+        else:
+            recipe = replace(vim_nuclei(), data=Coco(root=root))
         return self.with_options(recipe)
 
     def with_options(self, recipe: AnyRecipe) -> AnyRecipe:
@@ -134,6 +151,7 @@ class StudySettings:
 
     def study(self, variants: Sequence[Variant], *, title: str, notes: Sequence[str] = ()) -> Study:
         """Returns the study of these variants under the options."""
+        ending = "_ema" if self.judged.endswith("_ema") else ""
         return Study(
             name=f"{self.name}_{self.task}",
             title=title,
@@ -142,13 +160,34 @@ class StudySettings:
             seeds=self.seeds,
             sweep_epochs=self.sweep_epochs,
             sweep_seeds=self.sweep_seeds,
-            score=_SCORES[self.task] + ("_ema" if self.judged.endswith("_ema") else ""),
+            score=_SCORES[self.task] + ending,
+            tables=_tables(ending) if self.task == "detection" else (),
             judged=self.judged,
             test_split=_test_split(variants[0].recipe),
             notes=tuple(notes),
             command=self.command,
             out=self.out,
         )
+
+
+def _drawn(task: Task) -> Mapping[str, Callable[[], AnyRecipe]]:
+    """Returns the recipes whose data are there without a download, by the names of the data."""
+    if task == "classification":
+        return {"digits": digits_vim}
+    if task == "segmentation":
+        return {"shapes": vim_shapes}
+    return {"objects": vim_objects, "large-objects": vim_large_objects}
+
+
+def _tables(ending: str) -> tuple[MetricTable, ...]:
+    """Returns the average precisions of boxes and of masks, as papers print them."""
+    return tuple(
+        MetricTable(
+            title=title,
+            metrics={_HEADINGS.get(name, name): f"val_{kind}_{name}{ending}" for name in COLUMNS},
+        )
+        for title, kind in _KINDS.items()
+    )
 
 
 def _test_split(recipe: AnyRecipe) -> MaskSplit | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from visionmamba.bench.machine import choose_device, describe_machine
 from visionmamba.data import MaskSplit
-from visionmamba.recipes.segmentation import SegmentationRecipe
+from visionmamba.recipes.dense import DenseRecipe
 from visionmamba.studies.jobs import AnyRecipe, Job, Judged, Outcome
 from visionmamba.studies.pool import TrainingPool
 from visionmamba.studies.results import Run, StudyResult
@@ -43,11 +43,23 @@ class Variant:
     """Name of the variant whose score is subtracted from this one's; None compares nothing."""
     paper: Mapping[str, str] = field(default_factory=dict)
     """What the paper has in its columns, ready to print."""
+    paper_metrics: Mapping[str, str] = field(default_factory=dict)
+    """What the paper has for metrics in the study's tables, by their names without "_ema"."""
 
     @property
     def folder_name(self) -> str:
         """The name in lower case, with nothing but letters, digits and underscores."""
         return _NOT_IN_NAMES.sub("_", self.name.lower()).strip("_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricTable:
+    """Further metrics of the weights that count, in a table of their own."""
+
+    title: str
+    """Over the table."""
+    metrics: Mapping[str, str]
+    """Names among the validation metrics, 0 to 1, by the headings of their columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +102,8 @@ class Study:
     """How many of the seeds the sweep is run with."""
     score: str = "val_accuracy"
     """Metric that chooses and ranks, 0 to 1; higher is better."""
+    tables: tuple[MetricTable, ...] = ()
+    """What else is told of the weights that count; it chooses nothing."""
     judged: Judged = "last"
     """Whether the weights after the last epoch count, those of the best one on the validation
     split, or their moving average."""
@@ -312,10 +326,10 @@ def with_epochs(recipe: AnyRecipe, epochs: int, *, epoch_steps: int | None = Non
     Args:
         recipe: what is trained.
         epochs: its new length.
-        epoch_steps: steps of an epoch of a segmentation recipe; None leaves them.
+        epoch_steps: steps of an epoch of segmentation or detection; None leaves them.
     """
     share, optimizer = epochs / recipe.epochs, recipe.optimizer
-    if isinstance(recipe, SegmentationRecipe) and epoch_steps is not None:
+    if isinstance(recipe, DenseRecipe) and epoch_steps is not None:
         if recipe.epoch_steps is not None:
             share *= epoch_steps / recipe.epoch_steps
         recipe = replace(recipe, epoch_steps=epoch_steps)

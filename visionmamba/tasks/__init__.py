@@ -2,6 +2,13 @@
 
 from visionmamba.tasks.classification import ClassificationTask
 from visionmamba.tasks.classifier import Classification, Classifier
+from visionmamba.tasks.detection import DetectionTask
+from visionmamba.tasks.detection_evaluation import (
+    DetectionClassResult,
+    DetectionEvaluation,
+    evaluate_detection,
+)
+from visionmamba.tasks.detector import Detections, Detector
 from visionmamba.tasks.evaluation import ClassResult, Evaluation, evaluate
 from visionmamba.tasks.segmentation import PixelScores, SegmentationTask
 from visionmamba.tasks.segmentation_evaluation import (
@@ -11,12 +18,19 @@ from visionmamba.tasks.segmentation_evaluation import (
 )
 from visionmamba.tasks.segmenter import Segmentation, Segmenter
 from visionmamba.tasks.sliding import Inference
+from visionmamba.tasks.tiles import DetectionInference
 
 __all__ = [
     "ClassResult",
     "Classification",
     "ClassificationTask",
     "Classifier",
+    "DetectionClassResult",
+    "DetectionEvaluation",
+    "DetectionInference",
+    "DetectionTask",
+    "Detections",
+    "Detector",
     "Evaluation",
     "Inference",
     "PixelScores",
@@ -26,5 +40,6 @@ __all__ = [
     "SegmentationTask",
     "Segmenter",
     "evaluate",
+    "evaluate_detection",
     "evaluate_segmentation",
 ]

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from visionmamba.data import PADDING, Batch, Mixing, Preprocessing
 from visionmamba.models.weights import save
+from visionmamba.tasks.validation import SummedValidation
 
 TASK_NAME = "classification"
 """What weights files call this task."""
@@ -57,25 +58,9 @@ class ClassificationTask(nn.Module):
         logits = self.model(images).float()
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
-    def validation_sums(self, batch: Batch) -> Tensor:
-        """Returns what a batch adds to the metrics, (4,) float32, rows of padding left out.
-
-        Sums over batches and over ranks are added; `validation_metrics` reads the total.
-        """
-        logits = self.model(batch.images).float()
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum", ignore_index=PADDING)
-        first, first_five = hits(logits, batch.labels)
-        num_seen = (batch.labels != PADDING).sum()
-        return torch.stack([loss, first.sum(), first_five.sum(), num_seen])
-
-    def validation_metrics(self, sums: Tensor) -> dict[str, float]:
-        """Returns the metrics, by `metric_names`, of the sum of some `validation_sums`."""
-        *totals, num_seen = sums.tolist()
-        means = [total / max(num_seen, 1) for total in totals]
-        return dict(zip(self.metric_names, means, strict=True))
-
-    def class_metrics(self, sums: Tensor) -> None:
-        """None: the sums of a classifier hold nothing of single classes."""
+    def begin_validation(self) -> SummedValidation[Batch]:
+        """Returns a validation of the model that has seen no batch."""
+        return SummedValidation(self._sums_of, metrics_of=self._metrics_of)
 
     def draw(self, batch: Batch) -> None:
         """None: there is no picture of what a classifier makes of a batch."""
@@ -89,6 +74,19 @@ class ClassificationTask(nn.Module):
             class_names=self.class_names,
             preprocessing=self.preprocessing.to_dict(),
         )
+
+    def _sums_of(self, batch: Batch) -> Tensor:
+        """Returns what a batch adds to the metrics, (4,) float32, rows of padding left out."""
+        logits = self.model(batch.images).float()
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum", ignore_index=PADDING)
+        first, first_five = hits(logits, batch.labels)
+        num_seen = (batch.labels != PADDING).sum()
+        return torch.stack([loss, first.sum(), first_five.sum(), num_seen])
+
+    def _metrics_of(self, sums: Tensor) -> dict[str, float]:
+        *totals, num_seen = sums.tolist()
+        means = [total / max(num_seen, 1) for total in totals]
+        return dict(zip(self.metric_names, means, strict=True))
 
 
 def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from visionmamba.data import (
     open_image,
 )
 from visionmamba.models.deit import DeiT
+from visionmamba.models.detection import DetectionModel
 from visionmamba.models.hub import find_weights
 from visionmamba.models.published import load_published
 from visionmamba.models.published_file import Which
@@ -158,6 +159,7 @@ class Classifier:
             ValueError: it is damaged, too new, of another task, or says nothing about preparation.
         """
         where, path = os.fspath(weights), find_weights(weights)
+        model: Vim | DeiT | SegmentationModel | DetectionModel
         if path.suffix == ".safetensors" and METADATA_KEY in read_metadata(path):
             task = read_header(path).task
             if task != TASK_NAME:
@@ -165,7 +167,7 @@ class Classifier:
                     f"{where} was trained for {task}, wanted {TASK_NAME}; use the predictor of "
                     "that task"
                 )
-            model: Vim | DeiT | SegmentationModel = load(path, device=device)
+            model = load(path, device=device)
         else:
             model = load_published(path, which=which)
         header = model.header

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionmamba.data import MAX_PIXELS, PADDING, EvalBatches, explain_out_of_memory, open_images
 from visionmamba.data.sets import OnUnreadable, Split
@@ -226,6 +226,33 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+class TimedModel:
+    """Runs a model on a device and notes how long each batch of an evaluation takes it."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._seconds = 0.0
+        self._batches: list[tuple[int, float]] = []
+
+    def __call__(self, images: Any) -> Any:
+        before = clock(self._device)
+        outputs = self._model(images)
+        self._seconds += clock(self._device) - before
+        return outputs
+
+    def end_batch(self, num_images: int) -> None:
+        """Notes that all calls since the last batch were for so many pictures."""
+        self._batches.append((num_images, self._seconds))
+        self._seconds = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        """Pictures per second of the model alone, without the first batch if there are more."""
+        warm = self._batches[1:] or self._batches
+        return sum(number for number, _ in warm) / sum(seconds for _, seconds in warm)
 
 
 def class_difference(

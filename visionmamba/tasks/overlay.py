@@ -1,4 +1,4 @@
-"""Pictures of label maps: colours of classes, masks laid over photographs, legends."""
+"""Pictures of results: colours of classes, masks and boxes laid over photographs, legends."""
 
 import colorsys
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from visionmamba.data import IGNORE
+from visionmamba.data.object_masks import Counts, decode_part, mask_box
 
 Palette = tuple[tuple[int, int, int], ...]
 """Red, green and blue, 0 to 255, of each class."""
@@ -20,6 +21,7 @@ _SWATCH_PX = 12
 _FONT_PX = 12
 _MAX_NAME_LENGTH = 28
 _MAX_LEGEND_CLASSES = 24
+_BRIGHT = 140.0  # of 255: colours above carry black letters
 
 
 def palette_of(colours: Sequence[Sequence[int]] | NDArray[np.uint8] | None, count: int) -> Palette:
@@ -68,11 +70,67 @@ def blend_labels(
     Raises:
         ValueError: the opacity is out of range.
     """
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must lie between 0 and 1, got {opacity}")
+    _check_opacity(opacity)
     return Image.blend(
         picture.convert("RGB"), paint_labels(labels, palette).convert("RGB"), opacity
     )
+
+
+def draw_objects(
+    picture: Image.Image,
+    *,
+    boxes: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    class_names: Sequence[str],
+    palette: Palette,
+    masks: Sequence[Counts] | None = None,
+    scores: NDArray[np.floating] | None = None,
+    opacity: float = 0.5,
+    scale: int = 1,
+) -> Image.Image:
+    """Returns the picture with its objects, "RGB"; the first lie on top.
+
+    Objects have the colours of their classes, or each its own where there is one class. Name and
+    score stand where the box is wide enough for them.
+
+    Args:
+        picture: upright.
+        boxes: (n, 4) left, top, right, bottom in pixels.
+        labels: (n,) from 1, classes.
+        class_names: label k is the k-th, counted from 1.
+        palette: one colour a class.
+        masks: run lengths of each object; None draws boxes only.
+        scores: (n,) from 0 to 1, if there are any.
+        opacity: of the masks, 0 to 1.
+        scale: how many times larger the result is than the picture, so that boxes of a small one
+            do not hide it.
+
+    Raises:
+        ValueError: the opacity is out of range.
+    """
+    _check_opacity(opacity)
+    colours = [
+        palette[label - 1] if len(class_names) > 1 else _spread_colour(number)
+        for number, label in enumerate(labels.tolist())
+    ]
+    pixels = np.array(picture.convert("RGB"))
+    for counts, colour in reversed(list(zip(masks or (), colours, strict=masks is not None))):
+        _blend_mask(pixels, counts, colour, opacity)
+    size = (picture.width * scale, picture.height * scale)
+    canvas = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(canvas)
+    unit = max(1.0, max(canvas.size) / _LEGEND_WIDTH_PX)
+    font = ImageFont.load_default(size=unit * _FONT_PX)
+    names = ["" if len(class_names) == 1 else _shortened(name) for name in class_names]
+    for number in reversed(range(len(colours))):
+        left, top, right, bottom = (float(side) * scale for side in boxes[number])
+        outline = (left, top, max(left, right - 1), max(top, bottom - 1))
+        draw.rectangle(outline, outline=colours[number], width=round(unit))
+        score = "" if scores is None else f"{scores[number]:.2f}"
+        text = f"{names[int(labels[number]) - 1]} {score}".strip()
+        if text and font.getlength(text) + 4 * unit <= right - left:
+            _write_tag(draw, text, (left, top), colours[number], font, unit)
+    return canvas
 
 
 def add_legend(
@@ -128,6 +186,44 @@ def draw_rows(
             canvas.paste(picture, (gap + number * width, top))
         top += height
     return canvas
+
+
+def _check_opacity(opacity: float) -> None:
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must lie between 0 and 1, got {opacity}")
+
+
+def _blend_mask(
+    pixels: NDArray[np.uint8], counts: Counts, colour: tuple[int, int, int], opacity: float
+) -> None:
+    """Colours the pixels (H, W, 3) of a mask in place."""
+    box = mask_box(counts, len(pixels))
+    if box is None:
+        return
+    left, top, right, bottom = box
+    inside = decode_part(counts, len(pixels), rows=(top, bottom), columns=(left, right)) > 0
+    part = pixels[top:bottom, left:right]
+    mixed = (1 - opacity) * part[inside] + opacity * np.array(colour)
+    part[inside] = mixed.round().astype(np.uint8)
+
+
+def _write_tag(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    corner: tuple[float, float],
+    colour: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    unit: float,
+) -> None:
+    """Writes a text on its colour above a corner, or below where the picture ends there."""
+    left, top = corner
+    height = unit * (_FONT_PX + 4)
+    top = top - height if top >= height else top
+    draw.rectangle((left, top, left + font.getlength(text) + 4 * unit, top + height), fill=colour)
+    red, green, blue = colour
+    letters = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > _BRIGHT else "white"
+    middle = (left + 2 * unit, top + height / 2)
+    draw.text(middle, text, letters, font=font, anchor="lm")
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:

@@ -32,11 +32,11 @@ def encode_labels(labels: NDArray[np.uint8]) -> dict[int, RunLengths]:
         if edges[-1] != line.size:
             edges = np.append(edges, line.size)
         counts = np.diff(edges, prepend=0)
-        masks[label] = {"size": list(labels.shape), "counts": _compressed(counts)}
+        masks[label] = {"size": list(labels.shape), "counts": compress(counts)}
     return masks
 
 
-def _compressed(counts: NDArray[np.int64]) -> str:
+def compress(counts: NDArray[np.int64]) -> str:
     """Returns numbers as COCO's text: from the fourth on, differences to the one before the last.
 
     Six bits a character, the lowest first: five of the number and one that says that more follow;

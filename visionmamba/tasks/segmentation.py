@@ -11,11 +11,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmamba.data import IGNORE, PADDING, SegmentationBatch, SegmentationPreprocessing
+from visionmamba.data import (
+    IGNORE,
+    PADDING,
+    SegmentationBatch,
+    SegmentationPreprocessing,
+    restore_image,
+)
 from visionmamba.data.masks import MAX_CLASSES
 from visionmamba.models.weights import save
 from visionmamba.tasks.overlay import add_legend, draw_rows, paint_labels, palette_of
 from visionmamba.tasks.sliding import Inference, predict_labels, score_bands
+from visionmamba.tasks.validation import ClassMetrics, SummedValidation
 
 TASK_NAME = "segmentation"
 """What weights files call this task."""
@@ -120,40 +127,14 @@ class SegmentationTask(nn.Module):
             loss = loss + self.auxiliary_weight * _mean_loss(auxiliary, batch.masks)
         return loss
 
-    def validation_sums(self, batch: SegmentationBatch) -> Tensor:
-        """Returns what a batch adds to the metrics, (K * K + 2,) float64.
+    def begin_validation(self) -> SummedValidation[SegmentationBatch]:
+        """Returns a validation of the model that has seen no batch.
 
-        The confusion matrix (true classes down, predicted ones across), row after row; the sum of
-        the losses; the number of labelled pixels. Sums over batches and over ranks are added;
-        `validation_metrics` reads the total. The masks have the size at which to judge.
+        Its class metrics are "iou" and "accuracy", None for a class that does not occur.
         """
-        count = len(self.class_names)
-        sums = torch.zeros(count**2 + 2, dtype=torch.float64, device=batch.images.device)
-        size = batch.masks.shape[-2], batch.masks.shape[-1]
-        for band in score_bands(self.model, batch.images, size=size, inference=self.inference):
-            masks = batch.masks[:, band.rows, band.columns]
-            confusion = count_pixels(masks, band.scores.argmax(dim=1), count)
-            sums[:-2] += confusion.reshape(-1)
-            sums[-2] += F.cross_entropy(band.scores, masks, ignore_index=IGNORE, reduction="sum")
-            sums[-1] += confusion.sum()
-        return sums
-
-    def validation_metrics(self, sums: Tensor) -> dict[str, float]:
-        """Returns the metrics, by `metric_names`, of the sum of some `validation_sums`."""
-        scores = PixelScores.of(self._confusion(sums))
-        loss, num_pixels = sums[-2:].tolist()
-        values = (loss / max(num_pixels, 1.0), scores.miou, scores.macc, scores.aacc)
-        return dict(zip(self.metric_names, values, strict=True))
-
-    def class_metrics(self, sums: Tensor) -> dict[str, dict[str, float | None]]:
-        """Returns "iou" and "accuracy" of each class by its name; None where it does not occur."""
-        scores = PixelScores.of(self._confusion(sums))
-        return {
-            name: {"iou": iou, "accuracy": accuracy}
-            for name, iou, accuracy in zip(
-                self.class_names, scores.ious, scores.accuracies, strict=True
-            )
-        }
+        return SummedValidation(
+            self._sums_of, metrics_of=self._metrics_of, class_metrics_of=self._class_metrics_of
+        )
 
     def draw(self, batch: SegmentationBatch) -> Image.Image | None:
         """Returns picture, true mask and predicted mask of the first four rows of a batch.
@@ -172,7 +153,7 @@ class SegmentationTask(nn.Module):
             return None
         rows = [
             [
-                self._photograph(image),
+                restore_image(image, mean=self.preprocessing.mean, std=self.preprocessing.std),
                 paint_labels(mask.to("cpu", torch.uint8).numpy(), self.palette),
                 paint_labels(labels.numpy(), self.palette),
             ]
@@ -195,16 +176,42 @@ class SegmentationTask(nn.Module):
             },
         )
 
+    def _sums_of(self, batch: SegmentationBatch) -> Tensor:
+        """Returns what a batch adds to the metrics, (K * K + 2,) float64.
+
+        The confusion matrix (true classes down, predicted ones across), row after row; the sum of
+        the losses; the number of labelled pixels. The masks have the size at which to judge.
+        """
+        count = len(self.class_names)
+        sums = torch.zeros(count**2 + 2, dtype=torch.float64, device=batch.images.device)
+        size = batch.masks.shape[-2], batch.masks.shape[-1]
+        for band in score_bands(self.model, batch.images, size=size, inference=self.inference):
+            masks = batch.masks[:, band.rows, band.columns]
+            confusion = count_pixels(masks, band.scores.argmax(dim=1), count)
+            sums[:-2] += confusion.reshape(-1)
+            sums[-2] += F.cross_entropy(band.scores, masks, ignore_index=IGNORE, reduction="sum")
+            sums[-1] += confusion.sum()
+        return sums
+
+    def _metrics_of(self, sums: Tensor) -> dict[str, float]:
+        scores = PixelScores.of(self._confusion(sums))
+        loss, num_pixels = sums[-2:].tolist()
+        values = (loss / max(num_pixels, 1.0), scores.miou, scores.macc, scores.aacc)
+        return dict(zip(self.metric_names, values, strict=True))
+
+    def _class_metrics_of(self, sums: Tensor) -> ClassMetrics:
+        scores = PixelScores.of(self._confusion(sums))
+        return {
+            name: {"iou": iou, "accuracy": accuracy}
+            for name, iou, accuracy in zip(
+                self.class_names, scores.ious, scores.accuracies, strict=True
+            )
+        }
+
     def _confusion(self, sums: Tensor) -> NDArray[np.float64]:
         count = len(self.class_names)
         matrix: NDArray[np.float64] = sums[:-2].reshape(count, count).cpu().numpy()
         return matrix
-
-    def _photograph(self, image: Tensor) -> Image.Image:
-        mean = torch.tensor(self.preprocessing.mean)[:, None, None]
-        std = torch.tensor(self.preprocessing.std)[:, None, None]
-        pixels = (image.detach().float().cpu() * std + mean).clamp(0, 1).mul(255).round()
-        return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def count_pixels(masks: Tensor, predicted: Tensor, num_classes: int) -> Tensor:

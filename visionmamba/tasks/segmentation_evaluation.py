@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from visionmamba.data import (
     MAX_PIXELS,
@@ -25,7 +24,7 @@ from visionmamba.data import (
 )
 from visionmamba.data.sets import OnUnreadable
 from visionmamba.tasks.confusion import write_evaluation
-from visionmamba.tasks.evaluation import class_difference, clock
+from visionmamba.tasks.evaluation import TimedModel, class_difference
 from visionmamba.tasks.segmentation import PixelScores, count_pixels
 from visionmamba.tasks.segmenter import Segmenter
 from visionmamba.tasks.sliding import Inference, explain_large_picture, score_bands
@@ -205,10 +204,9 @@ def evaluate_segmentation(
         pictures, preprocessing.build(None), batch_size=batch_size, num_workers=num_workers
     )
     on, count = segmenter.device, len(pictures.class_names)
-    model = _TimedModel(segmenter)
+    model = TimedModel(segmenter.model, on)
     confusion = torch.zeros(count, count, dtype=torch.int64, device=on)
     num_images: list[int] = []
-    model_seconds: list[float] = []
     started = time.perf_counter()
     shown = track(
         batches,
@@ -218,7 +216,6 @@ def evaluate_segmentation(
     )
     for batch in shown:
         size = batch.masks.shape[-2], batch.masks.shape[-1]
-        model.seconds = 0.0
         with (
             explain_large_picture(segmenter.inference, size, num_images=len(batch.images)),
             torch.inference_mode(),
@@ -231,7 +228,7 @@ def evaluate_segmentation(
                 masks = batch.masks[:, band.rows, band.columns].to(on)
                 confusion += count_pixels(masks, band.scores.argmax(dim=1), count)
         num_images.append(int((batch.indices != PADDING).sum()))
-        model_seconds.append(model.seconds)
+        model.end_batch(num_images[-1])
     seconds = time.perf_counter() - started
     if not sum(num_images):
         first = batches.unreadable[0] if batches.unreadable else "the set is empty"
@@ -240,8 +237,6 @@ def evaluate_segmentation(
         )
     matrix: NDArray[np.int64] = confusion.cpu().numpy()
     scores = PixelScores.of(matrix)
-    warm_seconds = sum(model_seconds[1:]) or model_seconds[0]
-    num_warm = sum(num_images[1:]) or num_images[0]
     return SegmentationEvaluation(
         miou=scores.miou,
         macc=scores.macc,
@@ -250,23 +245,8 @@ def evaluate_segmentation(
         num_pixels=int(matrix.sum()),
         inference=segmenter.inference,
         images_per_second=round(sum(num_images) / seconds, 2),
-        model_images_per_second=round(num_warm / warm_seconds, 2),
+        model_images_per_second=round(model.images_per_second, 2),
         class_names=pictures.class_names,
         confusion=matrix,
         unreadable=batches.unreadable,
     )
-
-
-class _TimedModel:
-    """Runs a segmenter's model and adds up the seconds that it takes."""
-
-    def __init__(self, segmenter: Segmenter) -> None:
-        self._model = segmenter.model
-        self._device = segmenter.device
-        self.seconds = 0.0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        before = clock(self._device)
-        scores: Tensor = self._model(images)
-        self.seconds += clock(self._device) - before
-        return scores

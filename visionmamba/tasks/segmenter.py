@@ -15,22 +15,14 @@ from torch import nn
 
 from visionmamba.data import MAX_PIXELS, SegmentationPreprocessing, UnreadableImageError
 from visionmamba.data.masks import MAX_CLASSES
-from visionmamba.models.hub import find_weights
-from visionmamba.models.weights import (
-    METADATA_KEY,
-    WeightsHeader,
-    load,
-    read_header,
-    read_metadata,
-    resolve_device,
-)
-from visionmamba.tasks.classification import TASK_NAME as CLASSIFICATION
+from visionmamba.models.weights import resolve_device
 from visionmamba.tasks.classifier import Picture, as_image
 from visionmamba.tasks.files import plain_name, replace_file
 from visionmamba.tasks.overlay import Palette, add_legend, blend_labels, paint_labels, palette_of
 from visionmamba.tasks.run_lengths import encode_labels
 from visionmamba.tasks.segmentation import TASK_NAME
 from visionmamba.tasks.sliding import Inference, explain_large_picture, predict_labels
+from visionmamba.tasks.task_weights import TaskWeights
 
 _MIN_PICTURE_WIDTH_PX = 256
 
@@ -187,43 +179,13 @@ class Segmenter:
             FileNotFoundError: there is no such file, and the Hub is out of reach.
             ValueError: it is damaged, too new, of another task, or says nothing about preparation.
         """
-        where, path = os.fspath(weights), find_weights(weights)
-        if path.suffix != ".safetensors" or METADATA_KEY not in read_metadata(path):
-            raise ValueError(
-                f"{where} holds the authors' weights for {CLASSIFICATION}, wanted {TASK_NAME}; "
-                "train a segmenter that starts from them: visionmamba train RECIPE --weights FILE"
-            )
-        header = read_header(path)
-        if header.task != TASK_NAME:
-            raise ValueError(
-                f"{where} was trained for {header.task}, wanted {TASK_NAME}; use the predictor of "
-                "that task"
-            )
-        if not header.preprocessing or not header.class_names:
-            raise ValueError(
-                f"{where} does not say how pictures are prepared and what the classes are called; "
-                "save it with visionmamba.save(..., class_names=..., preprocessing=...)"
-            )
-        try:
-            palette = palette_of(header.details.get("palette"), len(header.class_names))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} has damaged colours ({error}); get it again") from None
-        try:
-            preprocessing = SegmentationPreprocessing.from_dict(header.preprocessing)
-        except ValueError as error:
-            raise ValueError(f"{where} has a damaged header ({error}); get it again") from None
-        model = load(path, device=device)
-        if len(header.class_names) != model.config.num_classes:
-            raise ValueError(
-                f"{where} names {len(header.class_names)} classes, and its model has "
-                f"{model.config.num_classes}; get it again"
-            )
+        held = TaskWeights.find(weights, task=TASK_NAME, trained="segmenter")
         return cls(
-            model,
-            preprocessing=preprocessing,
-            class_names=header.class_names,
-            inference=inference or inference_of(header, where),
-            palette=palette,
+            held.model(device),
+            preprocessing=held.preprocessing(SegmentationPreprocessing.from_dict),
+            class_names=held.header.class_names,
+            inference=inference or held.inference(Inference),
+            palette=held.palette,
             device=device,
         )
 
@@ -285,15 +247,3 @@ class Segmenter:
             file=file,
             picture=image,
         )
-
-
-def inference_of(header: WeightsHeader, where: str) -> Inference:
-    """Returns how the weights of a header go over pictures; one pass where they do not say.
-
-    Raises:
-        ValueError: what they say does not hold; the message names `where` they are.
-    """
-    try:
-        return Inference.from_dict(header.details.get("inference", {}))
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{where} has damaged inference settings ({error})") from None

@@ -7,7 +7,7 @@ longer one. What is done with them is segmentation.py's and segmenter.py's busin
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,19 +21,15 @@ _MAX_BAND_SCORES = 2**24  # 64 MiB of float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inference:
-    """How a picture goes through a segmentation model."""
+class Windows:
+    """How a picture goes through a model: in one pass, or window after window."""
 
     mode: Mode = "whole"
-    """"whole": in one pass; "slide": in windows, whose scores are averaged where they overlap."""
+    """"whole": in one pass; "slide": in windows, whose results are put together."""
     crop_size: int = 512
     """Side of the windows in pixels; a picture's shorter side cuts it down."""
     stride: int = 341
     """Distance of the windows in pixels, at most crop_size."""
-    scales: tuple[float, ...] = (1.0,)
-    """Sizes at which the picture is judged, as shares of its own; probabilities are averaged."""
-    flip: bool = False
-    """Judge the mirrored picture too."""
     num_windows: int = 4
     """Windows that go through the model at once."""
 
@@ -45,19 +41,20 @@ class Inference:
         if not 1 <= self.stride <= self.crop_size:
             raise ValueError(
                 f"stride must lie between 1 and crop_size={self.crop_size}, or pixels between "
-                f"windows have no scores; got {self.stride}"
+                f"windows are not seen; got {self.stride}"
             )
-        if not self.scales or not all(0 < scale <= 16 for scale in self.scales):
-            raise ValueError(f"scales must be numbers above 0 and at most 16, got {self.scales}")
         if self.num_windows < 1:
             raise ValueError(f"num_windows must be at least 1, got {self.num_windows}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for the header of a weights file."""
-        return {**asdict(self), "scales": list(self.scales)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Inference":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Returns what `to_dict` described; what is missing has its default.
 
         Raises:
@@ -66,19 +63,33 @@ class Inference:
         known = [one.name for one in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"inference knows {', '.join(known)}; got {', '.join(unknown)}")
-        for name, value in values.items():
-            if name == "scales":
-                is_right = isinstance(value, list | tuple) and all(
-                    type(scale) in (int, float) for scale in value
-                )
-            else:
-                is_right = type(value) is type(getattr(cls, name))
-            if not is_right:
-                raise ValueError(f"{name} is of the wrong type: {value!r}")
-        options = dict(values)
-        if "scales" in options:
-            options["scales"] = tuple(float(scale) for scale in options["scales"])
-        return cls(**options)
+        return cls(**{name: _typed(name, value, like=getattr(cls, name))
+                      for name, value in values.items()})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference(Windows):
+    """How a picture goes through a segmentation model; scores of windows are averaged."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which the picture is judged, as shares of its own; probabilities are averaged."""
+    flip: bool = False
+    """Judge the mirrored picture too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scales or not all(0 < scale <= 16 for scale in self.scales):
+            raise ValueError(f"scales must be numbers above 0 and at most 16, got {self.scales}")
+
+
+def _typed(name: str, value: Any, *, like: object) -> Any:
+    """Returns a value of JSON as the option that a default stands for; ValueError if it is none."""
+    if isinstance(like, tuple):
+        if isinstance(value, list | tuple) and all(type(one) in (int, float) for one in value):
+            return tuple(map(float, value))
+    elif type(value) is type(like):
+        return value
+    raise ValueError(f"{name} is of the wrong type: {value!r}")
 
 
 class Band(NamedTuple):
@@ -168,7 +179,7 @@ def predict_labels(
 
 @contextmanager
 def explain_large_picture(
-    inference: Inference, size: tuple[int, int], *, num_images: int = 1
+    inference: Windows, size: tuple[int, int], *, num_images: int = 1
 ) -> Iterator[None]:
     """Turns running out of memory over pictures of (height, width) into one sentence.
 
@@ -224,8 +235,8 @@ class _View:
             side if is_whole else min(inference.crop_size, side)
             for side in (self.length, self.across)
         )
-        tops = _starts(self.length, self._crop[0], inference.stride)
-        lefts = _starts(self.across, self._crop[1], inference.stride)
+        tops = window_starts(self.length, self._crop[0], inference.stride)
+        lefts = window_starts(self.across, self._crop[1], inference.stride)
         if is_mirrored and is_turned:  # the mirrored picture's own windows
             tops = [self.length - self._crop[0] - top for top in reversed(tops)]
         elif is_mirrored:
@@ -362,7 +373,7 @@ def _merged(views: list[Tensor]) -> Tensor:
     return (total / len(views)).clamp_min(torch.finfo(total.dtype).tiny).log()
 
 
-def _starts(length: int, crop: int, stride: int) -> list[int]:
+def window_starts(length: int, crop: int, stride: int) -> list[int]:
     """Returns where windows begin along a side: every stride, the last one flush with the end."""
     num_windows = max(0, -(-(length - crop) // stride)) + 1
     return [min(number * stride, length - crop) for number in range(num_windows)]

@@ -1,6 +1,13 @@
 """Training of any task: the loop, the optimizer, the records of a run and how it is resumed."""
 
-from visionmamba.training.experiment import Experiment, NonFiniteError, Precision, Recipe, Task
+from visionmamba.training.experiment import (
+    Experiment,
+    NonFiniteError,
+    Precision,
+    Recipe,
+    Task,
+    Validation,
+)
 from visionmamba.training.fit import FitResult, fit
 from visionmamba.training.metrics import read_metrics
 from visionmamba.training.optimizer import OptimizerConfig
@@ -13,6 +20,7 @@ __all__ = [
     "Precision",
     "Recipe",
     "Task",
+    "Validation",
     "fit",
     "read_metrics",
 ]

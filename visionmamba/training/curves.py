@@ -8,7 +8,7 @@ from visionmamba.training.metrics import read_metrics
 
 
 def draw_curves(metrics_file: Path, target: Path, *, monitor: str, title: str) -> None:
-    """Draws metrics.csv as a PNG: training and validation loss, and the monitored metric.
+    """Draws metrics.csv as a PNG: training loss, validation loss if any, the monitored metric.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -33,10 +33,14 @@ def draw_curves(metrics_file: Path, target: Path, *, monitor: str, title: str) -
         label="training (single steps)",
     )
     epochs = [row["epoch"] for row in judged]
-    losses.plot(epochs, [row["val_loss"] for row in judged], color="#d1495b", label="validation")
+    if any("val_loss" in row for row in judged):  # detection has none
+        losses.plot(
+            epochs, [row["val_loss"] for row in judged], color="#d1495b", label="validation"
+        )
     losses.set(xlabel="epoch", ylabel="loss", title=title)
     losses.legend(frameon=False)
-    metric.plot(epochs, [row[monitor] for row in judged], color="#00798c")
+    marker = "o" if len(judged) == 1 else None  # a line through one point is not seen
+    metric.plot(epochs, [row[monitor] for row in judged], color="#00798c", marker=marker)
     metric.set(xlabel="epoch", ylabel=monitor.replace("_", " "))
     if judged:
         metric.set_title(f"last epoch: {judged[-1][monitor]:.4f}")

@@ -19,7 +19,7 @@ from typing_extensions import override
 from visionmamba.data import derive_seed
 from visionmamba.training.average import MovingAverage
 from visionmamba.training.backbone import blocks_of
-from visionmamba.training.experiment import Experiment, NonFiniteError
+from visionmamba.training.experiment import Experiment, NonFiniteError, Validation
 from visionmamba.training.graphs import can_be_recorded, graph_forward
 from visionmamba.training.metrics import ClassValues
 from visionmamba.training.sharding import local, shard, whole
@@ -64,7 +64,7 @@ class Engine(lightning.LightningModule):
         self._loaded_average: dict[str, Tensor] | None = None
         self._loss: Tensor | None = None
         self._batch: Any = None
-        self._sums: dict[str, Tensor] = {}
+        self._validations: dict[str, Validation] = {}
         self.picture: Image.Image | None = None
         """What the task draws of the first validation batch of this process, if it is kept."""
         self.step_values: dict[str, float] = {}
@@ -191,40 +191,39 @@ class Engine(lightning.LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._sums = {}
+        endings = ("",) if self.average is None else ("", "_ema")
+        self._validations = {ending: self._task.begin_validation() for ending in endings}
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             self.picture = self._task.draw(batch) if self._draws() else None
-        self._add("", self._task.validation_sums(batch))
+        self._validations[""].update(batch)
         if self.average is not None:
             with self.average.in_model():
-                self._add("_ema", self._task.validation_sums(batch))
+                self._validations["_ema"].update(batch)
 
     def validation_results(self) -> tuple[dict[str, float], ClassValues]:
         """Returns metrics, and those of each class if there are any, over all processes.
 
-        Each process must call this once.
+        Each process must call this once after a validation, of which nothing is kept.
         """
         metrics: dict[str, float] = {}
         classes: ClassValues = {}
-        for ending, sums in self._sums.items():
-            total = self._world.sum(sums)
-            values = self._task.validation_metrics(total)
-            metrics |= {f"{name}{ending}": value for name, value in values.items()}
-            for name, of_class in (self._task.class_metrics(total) or {}).items():
+        validations, self._validations = self._validations, {}
+        for ending, validation in validations.items():
+            validation.merge(self._world)
+            if not self._world.is_main:
+                continue
+            metrics |= {f"{name}{ending}": value for name, value in validation.metrics().items()}
+            for name, of_class in (validation.class_metrics() or {}).items():
                 row = classes.setdefault(name, {})
                 row |= {f"{metric}{ending}": value for metric, value in of_class.items()}
-        return metrics, classes
+        return self._world.from_main((metrics, classes))
 
     def _draws(self) -> bool:
         is_kept = keeps_picture(self.current_epoch + 1, self._experiment.epochs)
         return is_kept and (self._world.is_main or self._is_sharded)  # sharded models need all
-
-    def _add(self, ending: str, sums: Tensor) -> None:
-        sums = sums.double()
-        self._sums[ending] = self._sums[ending] + sums if ending in self._sums else sums
 
     def _seed_batch(self, batch_idx: int) -> None:
         number = self.current_epoch * len(self._experiment.train_batches) + batch_idx

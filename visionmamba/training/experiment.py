@@ -8,13 +8,37 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 from torch import Tensor, nn
 
+from visionmamba.training.metrics import ClassValues
 from visionmamba.training.optimizer import OptimizerConfig
+from visionmamba.training.world import World
 
 Precision = Literal["float32", "bfloat16"]
 
 
 class NonFiniteError(RuntimeError):
     """Loss or gradient became infinite or not a number; the message says where."""
+
+
+class Validation(Protocol):
+    """What a model does on the validation batches, gathered one by one and made into metrics."""
+
+    def update(self, batch: Any) -> None:
+        """Runs the model, which is in evaluation mode, on a batch; padding does not count."""
+
+    def merge(self, processes: World) -> None:
+        """Gives the main process what all have gathered; each calls this once, at the end."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the metrics by the task's names, to the main process when all is merged.
+
+        One that cannot be judged is left out; the monitored one never is.
+        """
+
+    def class_metrics(self) -> ClassValues | None:
+        """Returns those of each class, as `metrics` does; None: the task judges no single classes.
+
+        All classes have the same metrics.
+        """
 
 
 class Task(Protocol):
@@ -37,17 +61,8 @@ class Task(Protocol):
     def training_loss(self, batch: Any) -> Tensor:
         """Returns the scalar loss of a batch."""
 
-    def validation_sums(self, batch: Any) -> Tensor:
-        """Returns a 1-D tensor, whose float64 sum over batches and processes makes the metrics."""
-
-    def validation_metrics(self, sums: Tensor) -> dict[str, float]:
-        """Returns the metrics, by metric_names, of the sum of some `validation_sums`."""
-
-    def class_metrics(self, sums: Tensor) -> dict[str, dict[str, float | None]] | None:
-        """Returns the metrics of each class by name, None for one that cannot be judged.
-
-        All classes have the same metrics. None altogether: the task judges no single classes.
-        """
+    def begin_validation(self) -> Validation:
+        """Returns a validation of the model that has seen no batch."""
 
     def draw(self, batch: Any) -> Image.Image | None:
         """Returns a picture of what the model makes of a validation batch, or None.

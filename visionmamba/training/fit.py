@@ -63,7 +63,8 @@ class FitResult:
     out: Path
     """Folder of the run."""
     metrics: dict[str, float]
-    """Validation metrics after the last epoch, by names that begin with "val_"."""
+    """Validation metrics after the last epoch, by names that begin with "val_"; one that cannot be
+    judged is left out."""
     best: dict[str, float]
     """The same, and "epoch", for the epoch whose weights are in best.safetensors."""
     best_ema: dict[str, float]
@@ -121,8 +122,8 @@ def fit(
         checkpoint_every_steps: steps between checkpoints, beside the one after each epoch.
         cuda_graphs: on GPUs record forward and backward once and replay them, which spares the
             host some 900 launches a step; no effect with "fsdp", torch.compile, batch norms
-            synchronised over several GPUs, or sequences flipped at random. Off, as the training
-            loop has not been measured with it yet.
+            synchronised over several GPUs, sequences flipped at random, or detectors. Off, as the
+            training loop has not been measured with it yet.
         progress: show a bar.
         command: how to repeat the run, for results.json; by default the process's command line.
 

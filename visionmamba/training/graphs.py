@@ -65,11 +65,13 @@ def graph_forward(model: nn.Module, *, copies_gradients: bool) -> Callable[[], N
 def can_be_recorded(model: nn.Module) -> bool:
     """Return whether replays would do all that the model does.
 
-    They would not repeat what the host decides anew at each call (a sequence flipped at random),
-    nor wait for other processes' batch norms.
+    They would not repeat what the host decides anew at each call (a sequence flipped at random, or
+    which boxes of a picture are looked at), nor wait for other processes' batch norms.
     """
     return not any(
-        isinstance(module, nn.SyncBatchNorm) or getattr(module, "flips_at_random", False)
+        isinstance(module, nn.SyncBatchNorm)
+        or getattr(module, "flips_at_random", False)
+        or getattr(module, "has_varying_shapes", False)
         for module in model.modules()
     )
 

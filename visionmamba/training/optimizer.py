@@ -23,13 +23,19 @@ class OptimizerConfig:
 
     lr: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["step", "linear", "published"] = "step"
+    schedule: Literal["step", "linear", "drops", "published"] = "step"
     """"step" changes the rate at every step, with a cosine from the end of the warm-up. "linear"
     falls straight over all steps, and the warm-up scales that line: the published segmentation.
+    "drops" stays at the peak but for drops_at: the published detection.
     "published" is what the authors' classification does: one rate an epoch, that of the epoch
     before (so that epochs 1 and 2 both run at warmup_lr), on a cosine that begins with epoch 1."""
+    drops_at: tuple[float, ...] = ()
+    """Shares of all steps, growing, at which "drops" multiplies the learning rate by drop_factor;
+    no other schedule has any."""
+    drop_factor: float = 0.1
+    """What is left of the learning rate at each of drops_at."""
     min_lr_share: float = 0.01
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak; of no effect with "drops"."""
     min_lr: float | None = None
     """Learning rate at the end; overrides min_lr_share."""
     warmup_epochs: float = 5.0
@@ -66,6 +72,19 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.min_lr_share <= 1:
             raise ValueError(f"min_lr_share must lie between 0 and 1, got {self.min_lr_share}")
+        if list(self.drops_at) != sorted(set(self.drops_at)) or not all(
+            0 < share < 1 for share in self.drops_at
+        ):
+            raise ValueError(
+                f"drops_at must be growing shares of the run between 0 and 1, got {self.drops_at}"
+            )
+        if bool(self.drops_at) != (self.schedule == "drops"):
+            raise ValueError(
+                f'schedule "drops" goes with drops_at, got schedule="{self.schedule}" and '
+                f"drops_at={self.drops_at}; set both or none"
+            )
+        if not 0 < self.drop_factor < 1:
+            raise ValueError(f"drop_factor must lie between 0 and 1, got {self.drop_factor}")
         for name in ("warmup_epochs", "warmup_steps", "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -111,7 +130,8 @@ class OptimizerConfig:
         if num_warmup is None:
             num_warmup = round(self.warmup_epochs * steps_per_epoch)
         num_warmup = min(num_warmup, num_steps)
-        share = self.linear_lr_share if self.schedule == "linear" else self.lr_share
+        shares = {"linear": self.linear_lr_share, "drops": self.dropping_lr_share}
+        share = shares.get(self.schedule, self.lr_share)
         return optimizer, LambdaLR(
             optimizer, lambda step: share(step, num_warmup=num_warmup, num_steps=num_steps)
         )
@@ -173,10 +193,12 @@ class OptimizerConfig:
     def linear_lr_share(self, step: int, *, num_warmup: int, num_steps: int) -> float:
         """Returns the learning rate of a zero-based step of "linear" as a share of the peak."""
         line = 1 - (1 - self._end_share) * min(step / num_steps, 1.0)
-        if step < num_warmup:
-            start = self.warmup_lr / self.lr
-            line *= start + (1 - start) * step / num_warmup
-        return line
+        return line * self._warmup_share(step, num_warmup)
+
+    def dropping_lr_share(self, step: int, *, num_warmup: int, num_steps: int) -> float:
+        """Returns the learning rate of a zero-based step of "drops" as a share of the peak."""
+        num_drops = sum(step >= round(share * num_steps) for share in self.drops_at)
+        return self.drop_factor**num_drops * self._warmup_share(step, num_warmup)
 
     def published_lr_share(self, epoch: int, *, epochs: int) -> float:
         """Returns the learning rate of a zero-based epoch of "published" as a share of the peak."""
@@ -185,6 +207,13 @@ class OptimizerConfig:
             return start + (1 - start) * last / self.warmup_epochs
         cosine = 0.5 * (1 + math.cos(math.pi * last / epochs))
         return self._end_share + (1 - self._end_share) * cosine
+
+    def _warmup_share(self, step: int, num_warmup: int) -> float:
+        """Returns what a warm-up that scales the schedule leaves of it, from step 0 on."""
+        if step >= num_warmup:
+            return 1.0
+        start = self.warmup_lr / self.lr
+        return start + (1 - start) * step / num_warmup
 
     @property
     def _end_share(self) -> float:

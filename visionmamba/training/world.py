@@ -6,12 +6,13 @@ several devices of one machine. How they share a step is in engine.py and shardi
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 Launcher = Literal["torchrun", "slurm", "fit"]
+ValueType = TypeVar("ValueType")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,30 @@ class World:
             distributed.all_reduce(values)
         return values
 
-    def gather(self, text: str | None) -> list[str | None]:
-        """Returns what all processes say, in the order of their ranks."""
+    def gather(self, value: ValueType) -> list[ValueType]:
+        """Returns what all processes have, in the order of their ranks."""
         if self.size == 1:
-            return [text]
-        texts: list[str | None] = [None] * self.size
-        distributed.all_gather_object(texts, text)
-        return texts
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def gather_to_main(self, value: ValueType) -> list[ValueType]:
+        """Returns to the main process what each has, its own first, and to the others nothing."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        distributed.gather_object(value, values)
+        return values or []
+
+    def from_main(self, value: ValueType) -> ValueType:
+        """Returns what the main process has; all must call this, the others with anything."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value if self.is_main else None]
+        distributed.broadcast_object_list(values)
+        held: ValueType = values[0]
+        return held
 
 
 def find_world(*, devices: int, nodes: int) -> World:

@@ -1,0 +1,339 @@
+"""Cascade R-CNN's box heads (arXiv 1712.00726) and the mask head: proposals to objects.
+
+One stage makes it Mask R-CNN. Matching, sampling, box arithmetic, RoIAlign and NMS are
+torchvision's. Not here: proposals (proposals.py), masks (instance_masks.py), the whole detector
+(detection.py).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection._utils import (
+    BalancedPositiveNegativeSampler,
+    BoxCoder,
+    Matcher,
+)
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops.poolers import LevelMapper
+
+from visionmamba.models.instance_masks import MaskHead, mask_loss, paste_masks
+from visionmamba.models.pyramid import ChannelNorm
+
+BOX_CELLS = 7
+"""Side of what is pooled for a box head."""
+MASK_CELLS = 14
+"""Side of what is pooled for the mask head, which draws at twice that."""
+
+_NUM_CONVOLUTIONS = 4
+_POSITIVE_SHARE = 0.25
+_LEAST_SIDE_PX = 1e-2
+
+
+class StageSettings(NamedTuple):
+    """What makes one stage different from the others."""
+
+    iou: float
+    """Least overlap of a box and an object that make a match."""
+    weights: tuple[float, float, float, float]
+    """Factors of the shifts of x and y and of the logarithms of width and height."""
+
+
+STAGES = (
+    StageSettings(0.5, (10.0, 10.0, 5.0, 5.0)),
+    StageSettings(0.6, (20.0, 20.0, 10.0, 10.0)),
+    StageSettings(0.7, (30.0, 30.0, 15.0, 15.0)),
+)
+"""Of Cascade R-CNN; Mask R-CNN has the first alone."""
+
+
+class Detected(NamedTuple):
+    """The objects found in a picture, best first."""
+
+    boxes: Tensor
+    """(n, 4) xyxy in pixels, float32."""
+    scores: Tensor
+    """(n,) from 0 to 1."""
+    labels: Tensor
+    """(n,) from 1."""
+
+
+class BoxSamples(NamedTuple):
+    """Boxes of a picture in training, and what each is."""
+
+    boxes: Tensor
+    """(n, 4) xyxy in pixels."""
+    labels: Tensor
+    """(n,) from 1; 0 is background."""
+    matches: Tensor
+    """(n,) the object of each box; of no meaning for background."""
+    matched: Tensor
+    """(n, 4) the boxes of these objects."""
+
+    def take(self, chosen: Tensor) -> "BoxSamples":
+        """Return the samples that a mask (n,) or an index chooses."""
+        return BoxSamples(*(one[chosen] for one in self))
+
+
+class BoxStage(nn.Module):
+    """Four convolutions with norms and a layer: scores of the classes, and one better box.
+
+    Args:
+        in_channels: of what is pooled from the pyramid.
+        num_classes: K, without background.
+        channels: of the convolutions.
+        width: of the layer.
+        settings: of the stage.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        channels: int,
+        width: int,
+        settings: StageSettings,
+    ) -> None:
+        super().__init__()
+        self.head = FastRCNNConvFCHead(
+            (in_channels, BOX_CELLS, BOX_CELLS),
+            [channels] * _NUM_CONVOLUTIONS,
+            [width],
+            norm_layer=ChannelNorm,
+        )
+        # initialised as torch does: the published 0.01 and 0.001 are for layers 1024 wide and long
+        # training, and let heads 96 wide learn no class in 200 steps
+        self.class_logits = nn.Linear(width, num_classes + 1)
+        self.box_deltas = nn.Linear(width, 4)
+        self.coder = BoxCoder(settings.weights)
+        self.matcher = Matcher(settings.iou, settings.iou)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float32 logits (n, K + 1), background first, and box deltas (n, 4)."""
+        hidden = self.head(pooled)
+        return self.class_logits(hidden).float(), self.box_deltas(hidden).float()
+
+    def decode(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """Return the boxes (n, 4) that deltas make of boxes."""
+        decoded: Tensor = self.coder.decode_single(deltas, boxes)
+        return decoded
+
+    def label(self, boxes: Tensor, target: dict[str, Tensor]) -> BoxSamples:
+        """Return what boxes (n, 4) are, given a picture's objects."""
+        if not len(boxes) or not len(target["boxes"]):
+            nothing = boxes.new_zeros(len(boxes), dtype=torch.int64)
+            return BoxSamples(boxes, nothing, nothing, boxes)
+        matches = self.matcher(box_iou(target["boxes"], boxes))
+        known = matches.clamp(min=0)
+        labels = target["labels"][known].where(matches >= 0, 0)
+        return BoxSamples(boxes, labels, known, target["boxes"][known])
+
+    def losses(self, logits: Tensor, deltas: Tensor, samples: BoxSamples) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of the classes and the L1 loss of the boxes of objects.
+
+        Both are means over all boxes, background too, as in the published detection.
+        """
+        is_object = samples.labels > 0
+        wanted = self.coder.encode_single(samples.matched[is_object], samples.boxes[is_object])
+        loss_box = F.l1_loss(deltas[is_object], wanted, reduction="sum")
+        return F.cross_entropy(logits, samples.labels), loss_box / max(len(logits), 1)
+
+
+class CascadeHeads(nn.Module):
+    """Box stages, each of which starts from the boxes of the one before, then masks.
+
+    Args:
+        in_channels: of the pyramid.
+        num_classes: K, without background.
+        strides: of the pyramid's levels that boxes are pooled from, in pixels.
+        stages: STAGES, or the first alone.
+        channels, width: of the heads.
+        num_sampled: boxes of a picture that are trained on, a quarter of them objects at most.
+        score_threshold, nms_threshold, max_detections: which boxes of a picture are kept: those
+            scored above, without those that overlap a better one of their class by more, best
+            first.
+        mask_threshold: least probability of a pixel of an object.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        strides: Sequence[int],
+        stages: Sequence[StageSettings],
+        channels: int,
+        width: int,
+        num_sampled: int,
+        score_threshold: float,
+        nms_threshold: float,
+        max_detections: int,
+        mask_threshold: float,
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            BoxStage(in_channels, num_classes, channels=channels, width=width, settings=one)
+            for one in stages
+        )
+        self.mask_head = MaskHead(in_channels, num_classes, channels=channels)
+        self.strides = tuple(strides)
+        self.sampler = BalancedPositiveNegativeSampler(num_sampled, _POSITIVE_SHARE)
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.max_detections = max_detections
+        self.mask_threshold = mask_threshold
+
+    @property
+    def _stages(self) -> list[BoxStage]:
+        return cast(list[BoxStage], list(self.stages))
+
+    def losses(
+        self,
+        levels: Sequence[Tensor],
+        proposals: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        targets: Sequence[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Return loss_classifier and loss_box_reg, numbered from 1 with stages, and loss_mask.
+
+        Args:
+            levels: maps (B, C, h, w) at the strides.
+            proposals: (n, 4) xyxy of every picture.
+            sizes: (height, width) of every picture.
+            targets: boxes, labels and masks of the objects of every picture.
+        """
+        sampled = self._sample(proposals, targets)
+        losses: dict[str, Tensor] = {}
+        samples = sampled
+        for k, stage in enumerate(self._stages):
+            pooled = self._pool(levels, [one.boxes for one in samples], BOX_CELLS)
+            # every stage's gradient reaches the pyramid; the mean does
+            pooled = torch.lerp(pooled.detach(), pooled, 1 / len(self.stages))
+            logits, deltas = stage(pooled)
+            number = f"_{k + 1}" if len(self.stages) > 1 else ""
+            together = BoxSamples(*map(torch.cat, zip(*samples, strict=True)))
+            loss_class, loss_box = stage.losses(logits, deltas, together)
+            losses[f"loss_classifier{number}"], losses[f"loss_box_reg{number}"] = (
+                loss_class,
+                loss_box,
+            )
+            if k + 1 < len(self.stages):
+                samples = self._next(k, deltas.detach(), samples, sizes, targets)
+        objects = [one.take(one.labels > 0) for one in sampled]
+        boxes = [one.boxes for one in objects]
+        pooled = self._pool(levels, boxes, MASK_CELLS)
+        mask_logits = self.mask_head(pooled, torch.cat([one.labels for one in objects]))
+        matches = [one.matches for one in objects]
+        losses["loss_mask"] = mask_loss(
+            mask_logits, boxes, matches, [target["masks"] for target in targets]
+        )
+        return losses
+
+    def detect(
+        self,
+        levels: Sequence[Tensor],
+        proposals: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Return boxes, scores, labels and masks (n, H, W) bool of every picture, best first.
+
+        Args:
+            levels, proposals, sizes: as in `losses`.
+        """
+        boxes = list(proposals)
+        counts = [len(one) for one in boxes]
+        shares = levels[0].new_zeros(())
+        for k, stage in enumerate(self._stages):
+            logits, deltas = stage(self._pool(levels, boxes, BOX_CELLS))
+            shares = shares + logits.softmax(dim=-1) / len(self.stages)
+            boxes = self._move(k, deltas, boxes, sizes)
+        found = [
+            self._select(one, scores)
+            for one, scores in zip(boxes, torch.split(shares, counts), strict=True)
+        ]
+        pooled = self._pool(levels, [one.boxes for one in found], MASK_CELLS)
+        logits = self.mask_head(pooled, torch.cat([one.labels for one in found]))
+        drawn = torch.split(logits.sigmoid(), [len(one.labels) for one in found])
+        return [
+            {
+                **one._asdict(),
+                "masks": paste_masks(mask, one.boxes, size, threshold=self.mask_threshold),
+            }
+            for one, mask, size in zip(found, drawn, sizes, strict=True)
+        ]
+
+    def _sample(
+        self, proposals: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> list[BoxSamples]:
+        """Return what the first stage trains on: some proposals and objects of every picture."""
+        first = self._stages[0]
+        labelled = [
+            first.label(torch.cat((boxes, target["boxes"])), target)
+            for boxes, target in zip(proposals, targets, strict=True)
+        ]
+        positive, negative = self.sampler([one.labels for one in labelled])
+        return [
+            one.take((is_positive | is_negative).bool())
+            for one, is_positive, is_negative in zip(labelled, positive, negative, strict=True)
+        ]
+
+    def _next(
+        self,
+        k: int,
+        deltas: Tensor,
+        samples: Sequence[BoxSamples],
+        sizes: Sequence[tuple[int, int]],
+        targets: Sequence[dict[str, Tensor]],
+    ) -> list[BoxSamples]:
+        """Return what the stage after stage k trains on: the boxes that stage k made."""
+        following = self._stages[k + 1]
+        boxes = self._move(k, deltas, [one.boxes for one in samples], sizes)
+        return [
+            following.label(one[(one[:, 2:] > one[:, :2]).all(dim=1)], target)
+            for one, target in zip(boxes, targets, strict=True)
+        ]
+
+    def _move(
+        self,
+        k: int,
+        deltas: Tensor,
+        boxes: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:
+        """Return the boxes of every picture that the deltas of stage k make, inside the picture."""
+        decoded = self._stages[k].decode(deltas, torch.cat(list(boxes)))
+        moved = torch.split(decoded, [len(one) for one in boxes])
+        return [clip_boxes_to_image(one, size) for one, size in zip(moved, sizes, strict=True)]
+
+    def _pool(self, levels: Sequence[Tensor], boxes: Sequence[Tensor], cells: int) -> Tensor:
+        """Return what lies in the boxes, float32 (n, C, cells, cells), of a level for each size.
+
+        torchvision's MultiScaleRoIAlign takes a map's values to lie at the corners of its pixels
+        (aligned=False) and guesses strides from the first picture it sees.
+        """
+        everything = torch.cat(list(boxes))
+        picture = torch.cat([one.new_full((len(one), 1), i) for i, one in enumerate(boxes)])
+        rois = torch.cat((picture, everything), dim=1)
+        least, most = (round(math.log2(stride)) for stride in (self.strides[0], self.strides[-1]))
+        of_level = LevelMapper(least, most)([everything])
+        shape = (len(rois), levels[0].shape[1], cells, cells)
+        # the layout that norms over channels read without copies
+        pooled = levels[0].new_zeros(shape).to(memory_format=torch.channels_last)
+        for i, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
+            rows = torch.where(of_level == i)[0]
+            pooled[rows] = roi_align(level, rois[rows], cells, 1 / stride, aligned=True)
+        return pooled
+
+    def _select(self, boxes: Tensor, shares: Tensor) -> Detected:
+        """Return the objects among boxes (n, 4) with shares (n, K + 1) of the classes."""
+        rows, classes = torch.where(shares[:, 1:] > self.score_threshold)
+        scores, boxes, labels = shares[rows, classes + 1], boxes[rows], classes + 1
+        is_box = (boxes[:, 2:] - boxes[:, :2] >= _LEAST_SIDE_PX).all(dim=1)
+        scores, boxes, labels = scores[is_box], boxes[is_box], labels[is_box]
+        kept = batched_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
+        return Detected(boxes[kept], scores[kept], labels[kept])
