@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETS_UP = ("make", "pip")
 NUM_PHOTOS = {"train": 32, "val": 4}
-SHORTENED = {"finetune": 2, "vim_shapes": 1}
+SHORTENED = {"finetune": 2, "vim_shapes": 1, "vim_objects": 1}
 DOCUMENTS = (
     "README.md",
     "CHANGELOG.md",
