@@ -12,14 +12,15 @@ from rich.console import Console
 
 from tests.studies.plans import make_up
 from visionmamba.cli import main
-from visionmamba.data import Shapes
+from visionmamba.data import ImageFolder, Shapes
 from visionmamba.models import DeiTConfig, VimConfig
-from visionmamba.recipes import vim_camvid, vim_shapes
+from visionmamba.recipes import Recipe, vim_camvid, vim_shapes
 from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.studies import Outcome, jobs, settings
 from visionmamba.studies.backbone import BackboneComparison, Lessons
 from visionmamba.studies.bidirectional import BidirectionalAblation
 from visionmamba.studies.jobs import Job
+from visionmamba.studies.readout import ReadoutAblation
 
 pytestmark = pytest.mark.once
 
@@ -242,6 +243,25 @@ def test_command_trains_lessons_and_segmenters_and_judges_the_test_split(
     assert "| mIoU, test |" in (out / "backbone_segmentation.md").read_text()
 
 
+def test_readouts_of_any_recipe_stand_beside_the_papers_table(tmp_path: Path) -> None:
+    study = ReadoutAblation(
+        recipe="vim_tiny_cifar10", data=str(tmp_path), rows=("middle", "mean"), epochs=20
+    ).plan()
+    middle, mean = study.variants
+    assert (middle.name, middle.compared_with) == ("Middle class token", None)
+    assert (mean.name, mean.compared_with) == ("Mean pool", "Middle class token")
+    assert mean.paper == {"ImageNet top-1": "73.9"}
+    assert isinstance(mean.recipe, Recipe)
+    assert isinstance(mean.recipe.model, VimConfig)
+    assert mean.recipe.model.readout == "mean"
+    assert isinstance(mean.recipe.data, ImageFolder)
+    assert mean.recipe.data.root == tmp_path
+    assert (mean.recipe.epochs, mean.recipe.batch_size) == (20, 512)
+    plain = ReadoutAblation().plan()
+    readouts = [one.recipe.model.readout for one in plain.variants]  # type: ignore[union-attr]
+    assert readouts == ["mean", "max", "head", "double", "middle"]
+
+
 def test_command_is_repeatable_from_what_it_says(tmp_path: Path) -> None:
     chosen = BidirectionalAblation(rows=("none", "ssm"), seeds=(3,), jobs=4, cuda_graphs=True)
     assert chosen.command == (
@@ -259,7 +279,12 @@ def test_command_is_repeatable_from_what_it_says(tmp_path: Path) -> None:
         (("bidirectional", "--data", "nowhere"), "there is no folder nowhere"),
         (("backbone", "--pretraining-data", "x"), "pretraining_data is for --task segmentation"),
         (("backbone", "--pretraining-minutes", "0"), "pretraining_minutes must be positive"),
-        (("readout",), "there is no study readout"),
+        (("readout", "--rows"), "rows must be at least one of mean, max, head, double, middle"),
+        (("readout", "--task", "segmentation"), "readout is for --task classification"),
+        (("readout", "--recipe", "deit_tiny_cifar10"), "recipe must be one of a Vim for classific"),
+        (("readout", "--recipe", "digits_vim", "--data", "."), "digits_vim has its own data"),
+        (("readout", "--recipe", "folder_vim", "--data", "nowhere"), "there is no folder nowhere"),
+        (("token",), "there is no study token"),
     ],
 )
 def test_mistakes_end_in_one_sentence(

@@ -8,9 +8,11 @@ def ablate(given: list[str]) -> int:
     """Runs `visionmamba ablate`."""
     from visionmamba.studies.backbone import BackboneComparison
     from visionmamba.studies.bidirectional import BidirectionalAblation
+    from visionmamba.studies.readout import ReadoutAblation
 
-    studies: dict[str, type[BackboneComparison | BidirectionalAblation]] = {
+    studies: dict[str, type[BackboneComparison | BidirectionalAblation | ReadoutAblation]] = {
         "bidirectional": BidirectionalAblation,
+        "readout": ReadoutAblation,
         "backbone": BackboneComparison,
     }
     if not given or given[0] in ("-h", "--help"):

@@ -152,7 +152,7 @@ class BackboneComparison(StudySettings):
 
     def _recipes(self) -> dict[str, AnyRecipe]:
         """Returns how the Vim and the DeiT are trained, by their names."""
-        vim = self.recipe()
+        vim = self.vim_recipe()
         deit: AnyRecipe
         if isinstance(vim, SegmentationRecipe | DetectionRecipe):
             backbone = vim.model.backbone

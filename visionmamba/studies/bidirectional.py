@@ -58,7 +58,7 @@ class BidirectionalAblation(StudySettings):
         """
         if not self.rows:
             raise ValueError("rows must be at least one of none, sequence, layer, ssm, ssm+conv")
-        plain = self.recipe()
+        plain = self.vim_recipe()
         first = _NAMES[self.rows[0]]
         variants = [
             Variant(

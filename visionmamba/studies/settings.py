@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from visionmamba.bench.machine import command_of
 from visionmamba.data import Coco, MaskFolder, MaskSplit
+from visionmamba.models import VimConfig
+from visionmamba.recipes import RECIPES, DetectionRecipe, Recipe, SegmentationRecipe
 from visionmamba.recipes.camvid import vim_camvid
 from visionmamba.recipes.digits import digits_vim
 from visionmamba.recipes.nuclei import vim_nuclei
@@ -44,6 +46,9 @@ class StudySettings:
     "shapes", or a folder with {train,val,test}/{images,masks} and a file of classes. Detection:
     "objects", "large-objects", or a folder in COCO's format. By default the digits, the shapes or
     the objects, which are there without a download."""
+    recipe: str | None = None
+    """Name of a recipe of `visionmamba train` that trains a Vim for the task, such as
+    vim_tiny_cifar10; --data says where its data are. By default the plain one for such data."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Peak learning rates that every variant is tried at; pretrained ones at a fifth of each."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -94,7 +99,7 @@ class StudySettings:
     @property
     def data_name(self) -> str:
         """The data asked for, or those that are there without a download."""
-        return self.data or next(iter(_drawn(self.task)))
+        return self.data or self.recipe or next(iter(_drawn(self.task)))
 
     @property
     def command(self) -> str:
@@ -110,13 +115,15 @@ class StudySettings:
             cuda_graphs=self.cuda_graphs,
         )
 
-    def recipe(self) -> AnyRecipe:
+    def vim_recipe(self) -> AnyRecipe:
         """Returns the recipe of the plain Vim on the data, with the options put in.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: an option is out of range.
+            ValueError: an option is out of range, or there is no such recipe.
         """
+        if self.recipe is not None:
+            return self.with_options(self._named_recipe(self.recipe))
         drawn = _drawn(self.task)
         if self.data_name in drawn:
             return self.with_options(drawn[self.data_name]())
@@ -134,6 +141,25 @@ class StudySettings:
         else:
             recipe = replace(vim_nuclei(), data=Coco(root=root))
         return self.with_options(recipe)
+
+    def _named_recipe(self, name: str) -> AnyRecipe:
+        recipe = RECIPES[name]() if name in RECIPES else None
+        if recipe is None or not _trains_a_vim(recipe, self.task):
+            known = [one for one, make in RECIPES.items() if _trains_a_vim(make(), self.task)]
+            raise ValueError(
+                f"recipe must be one of a Vim for {self.task} ({', '.join(known)}), got {name}"
+            )
+        if not self.data:
+            return recipe
+        root = Path(self.data)
+        if not root.is_dir():
+            raise FileNotFoundError(f"there is no folder {root} to learn {self.task} from")
+        data: Any = recipe.data
+        if not hasattr(data, "root"):
+            raise ValueError(f"recipe {name} has its own data; leave --data out")
+        changed: Any = recipe
+        result: AnyRecipe = replace(changed, data=replace(data, root=root))
+        return result
 
     def with_options(self, recipe: AnyRecipe) -> AnyRecipe:
         """Returns the recipe with the options that were given."""
@@ -168,6 +194,17 @@ class StudySettings:
             command=self.command,
             out=self.out,
         )
+
+
+def _trains_a_vim(recipe: AnyRecipe, task: Task) -> bool:
+    kinds = {
+        "classification": Recipe,
+        "segmentation": SegmentationRecipe,
+        "detection": DetectionRecipe,
+    }
+    model = recipe.model
+    backbone = getattr(model, "backbone", model)
+    return isinstance(recipe, kinds[task]) and isinstance(backbone, VimConfig)
 
 
 def _drawn(task: Task) -> Mapping[str, Callable[[], AnyRecipe]]:
