@@ -27,7 +27,7 @@ pytestmark = pytest.mark.once
 PAGE = ROOT / "docs" / "segmentation.md"
 OF_OTHER_COMMANDS = {
     *("--nproc-per-node", "--split", "--scales", "--flip", "--mode", "--crop-size", "--stride"),
-    *("--num-windows", "--out"),
+    *("--num-windows", "--out", "--models", "--label"),
 }
 SMALLER = (
     *("--epochs", "1", "--epoch-steps", "2", "--batch-size", "2", "--model.head", "segmenter"),
