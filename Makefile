@@ -81,6 +81,7 @@ results-gpu: $(READY)
 	  --resolutions 512 640 736 1024 1248 --out docs/results
 	$(BENCH) kernels --device cuda --out docs/results
 	$(BENCH) segmentation --device cuda --models vim vim-lean deit deit-eager --label classes150 --out docs/results
+	$(BENCH) detection --device cuda --out docs/results
 	$(BENCH) complexity --out docs/results
 	$(BIN)/python docs/update_results.py
 

@@ -11,6 +11,7 @@ from visionmamba.cli.options import parse
 from visionmamba.studies import Study, StudyResult
 from visionmamba.studies.backbone import BackboneComparison
 from visionmamba.studies.bidirectional import BidirectionalAblation
+from visionmamba.studies.readout import ReadoutAblation
 
 pytestmark = pytest.mark.once
 
@@ -18,6 +19,7 @@ PAGE = ROOT / "docs" / "studies.md"
 KINDS = {
     ("ablate", "bidirectional"): BidirectionalAblation,
     ("ablate", "backbone"): BackboneComparison,
+    ("ablate", "readout"): ReadoutAblation,
     ("bench", "segmentation"): SegmentationSpeed,
 }
 

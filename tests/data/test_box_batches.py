@@ -153,6 +153,13 @@ def test_drawn_pictures_have_large_objects_and_none_as_asked() -> None:
     assert sum(area > 48 * 48 / 2 for area in largest) == 20
 
 
+def test_large_objects_stay_large_whatever_covers_them() -> None:
+    drawn = DrawnObjects(num_train=300, image_size=64, max_objects=6, large_share=1.0)
+    for one in drawn.open("train").found:
+        left, top, right, bottom = one.boxes[0]
+        assert (right - left) * (bottom - top) > 64 * 64 / 2
+
+
 def test_shuffled_pictures_have_the_objects_of_others() -> None:
     true = DRAWN.open("train").found
     mixed = replace(DRAWN, shuffled=True).open("train").found

@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visionmamba.data import DetectionAugmentation, DetectionPreprocessing, DrawnObjects, Objects
+from visionmamba.data import (
+    DetectionAugmentation,
+    DetectionPreprocessing,
+    DrawnObjects,
+    Objects,
+    UnreadableImageError,
+    box_transforms,
+)
 from visionmamba.data.box_transforms import BoxTransform
 from visionmamba.data.object_masks import decode_mask, encode_mask
 
@@ -103,6 +110,14 @@ def test_drawn_objects_keep_their_pixels(seed: int) -> None:
     sides = (slice(None), slice(None, None, -1))
     flips = [(row, column) for row in sides for column in sides]
     assert any(np.array_equal(masks, whole[:, row, column]) for row, column in flips)
+
+
+def test_masks_beyond_memory_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(box_transforms, "_MAX_MASK_BYTES", 48 * 48 - 1)
+    drawn = DrawnObjects(num_train=2, num_val=1, image_size=48, large_share=1).open("val")
+    still = DetectionAugmentation(min_scale=1, max_scale=1)
+    with pytest.raises(UnreadableImageError, match=r"masks of 48x48 px are more than can be"):
+        transform(48, still)(drawn.image(0), drawn.objects(0))
 
 
 def test_picture_that_fits_is_left_as_it_is() -> None:

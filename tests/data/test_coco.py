@@ -216,6 +216,7 @@ def test_broken_annotations_are_named(tmp_path: Path, name: str) -> None:
         "",
         "a\0b",
         "\ud800",
+        "x" * 300,
         5,
     ],
 )
@@ -231,6 +232,22 @@ def test_links_never_leave_the_root(tmp_path: Path) -> None:
     os.symlink(tmp_path / "secret.png", tmp_path / "set/val/5.png")
     with pytest.raises(UnreadableImageError, match="outside of"):
         source.open("val").image(0)
+
+
+def test_link_to_itself_is_named_or_left_out(tmp_path: Path) -> None:
+    source = coco(tmp_path)
+    (tmp_path / "val/5.png").unlink()
+    os.symlink("5.png", tmp_path / "val/5.png")
+    with pytest.raises(UnreadableImageError, match=r"5\.png cannot be followed"):
+        source.open("val").image(0)
+
+
+def test_sets_of_crowds_alone_are_refused(tmp_path: Path) -> None:
+    def only_crowds(content: dict[str, Any]) -> None:
+        content["annotations"] = [one for one in content["annotations"] if one["iscrowd"]]
+
+    with pytest.raises(AnnotationError, match="has crowds only"):
+        coco(tmp_path, only_crowds).open("val")
 
 
 def test_folder_of_pictures_may_be_a_link(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from visionmamba.studies.backbone import BackboneComparison, Lessons
 from visionmamba.studies.bidirectional import BidirectionalAblation
 from visionmamba.studies.jobs import Job
 from visionmamba.studies.readout import ReadoutAblation
+from visionmamba.studies.settings import Task
 
 pytestmark = pytest.mark.once
 
@@ -260,6 +261,20 @@ def test_readouts_of_any_recipe_stand_beside_the_papers_table(tmp_path: Path) ->
     plain = ReadoutAblation().plan()
     readouts = [one.recipe.model.readout for one in plain.variants]  # type: ignore[union-attr]
     assert readouts == ["mean", "max", "head", "double", "middle"]
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe"),
+    [
+        ("classification", "finetune"),
+        ("segmentation", "vim_tiny_upernet_ade20k"),
+        ("detection", "vim_tiny_cascade_coco"),
+    ],
+)
+def test_recipes_with_weights_are_compared_from_scratch(task: Task, recipe: str) -> None:
+    variants = BackboneComparison(task=task, recipe=recipe).plan().variants
+    assert [one.recipe.weights for one in variants] == [None, None]
+    assert all(one.name.endswith("from scratch") for one in variants)
 
 
 def test_command_is_repeatable_from_what_it_says(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from visionmamba.data.coco import Objects, box_areas
+from visionmamba.data.image_files import UnreadableImageError
 from visionmamba.data.object_masks import Counts, decode_mask, mask_box
 from visionmamba.data.transforms import (
     IMAGENET_MEAN,
@@ -23,6 +24,7 @@ from visionmamba.data.transforms import (
     check_range,
 )
 
+_MAX_MASK_BYTES = 4 * 1024**3  # of what one prepared picture shows
 _MIN_SIDE_PX = 1.0  # of a box that is still learned after the cut
 
 
@@ -263,6 +265,11 @@ def _cut_target(objects: Objects, window: _Window, size: tuple[int, int]) -> Det
     rows, columns = _sources(objects, window)
     patches = [_cut_mask(objects.masks[index], objects, rows, columns) for index in learnable]
     left = [(index, one) for index, one in zip(learnable, patches, strict=True) if one is not None]
+    if len(left) * size[0] * size[1] > _MAX_MASK_BYTES:
+        raise UnreadableImageError(
+            f"image {objects.image_id} shows {len(left)} objects, whose masks of {size[1]}x"
+            f"{size[0]} px are more than can be prepared at once; cut it into smaller pictures"
+        )
     masks = np.zeros((len(left), *size), dtype=np.uint8)
     boxes = np.zeros((len(left), 4))
     for mask, box, (_, patch) in zip(masks, boxes, left, strict=True):

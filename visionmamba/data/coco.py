@@ -114,7 +114,8 @@ class Coco:
     """
 
     root: Path = Path("data/coco")
-    """Folder of everything; nothing outside of it is opened."""
+    """Folder of everything; file names in the JSON never lead out of it, or of the folder of
+    pictures below it, which may be a link."""
     train_annotations: Path | None = None
     """JSON file to learn from, below the root; None looks where it usually is."""
     val_annotations: Path | None = None
@@ -172,6 +173,8 @@ class Coco:
             max_bytes=self.max_json_bytes,
         )
         pictures = np.arange(len(table.images))
+        if len(table.is_crowd) and table.is_crowd.all():
+            raise AnnotationError(f"{annotations} has crowds only, wanted single objects; add some")
         if split == "train" and not self.keep_empty:
             learnable = np.concatenate([[0], np.cumsum(~table.is_crowd)])[table.first]
             pictures = np.flatnonzero(learnable[1:] > learnable[:-1])
@@ -265,10 +268,15 @@ class FileObjects:
                 the data set's folders.
         """
         file, listed = self.file(index), self._listed(index)
-        if not any(map(file.resolve().is_relative_to, self.homes)):
+        try:
+            place = file.resolve()
+        except (OSError, RuntimeError) as error:  # a link to itself
             raise UnreadableImageError(
-                f"{file} leads to {file.resolve()}, outside of {self.homes[0]}; put the file "
-                "itself there"
+                f"{file} cannot be followed ({error}); put the file itself there"
+            ) from error
+        if not any(map(place.is_relative_to, self.homes)):
+            raise UnreadableImageError(
+                f"{file} leads to {place}, outside of {self.homes[0]}; put the file itself there"
             )
         image = open_image(file, max_pixels=self.max_pixels)
         if image.size != (listed.width, listed.height):

@@ -25,7 +25,7 @@ MAX_JSON_BYTES = 2 * 1024**3
 _BOX_SLACK_PX = 2.0  # how far boxes may leave the picture; rounding in published files does
 _MAX_ID = 2**53
 _MAX_NAME_LENGTH = 1024
-_MAX_MASK_BYTES = 8 * 1024**3  # of one picture's masks as they are decoded
+_MAX_PART_BYTES = 255  # between slashes; no file system takes more
 _MAX_OBJECTS = 10_000  # of one picture
 _MAX_SHOWN = 80
 _MAX_SHOWN_VALUES = 8
@@ -130,8 +130,8 @@ def _load(path: Path, max_bytes: int) -> dict[str, list[object]]:
     size = path.stat().st_size
     if size > max_bytes:
         raise AnnotationError(
-            f"{path} has {size} bytes, more than the limit of {max_bytes}; raise max_json_bytes if "
-            "you trust it"
+            f"{path} has {size} bytes, more than the limit of {max_bytes}; divide it, or if you "
+            "trust it, read it with Coco(max_json_bytes=...)"
         )
     try:
         content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
@@ -212,6 +212,8 @@ def _name_problem(name: object) -> str | None:
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.is_absolute() or path.anchor or ".." in path.parts:
             return "has a file_name that leads out of the data set's folder"
+    if any(len(part.encode()) > _MAX_PART_BYTES for part in PurePosixPath(name).parts):
+        return f"has a file_name with a part of more than {_MAX_PART_BYTES} bytes"
     return None
 
 
@@ -308,7 +310,7 @@ class _Reader:
             )
         with_mask = [found.segment for found in rows if found.segment is not None]
         for image in images:
-            self._check_number(image, with_masks=bool(with_mask))
+            self._check_number(image)
         uses = Counter(self._categories.values())
         return CocoTable(
             images=images,
@@ -369,14 +371,12 @@ class _Reader:
             segment,
         )
 
-    def _check_number(self, image: CocoImage, *, with_masks: bool) -> None:
+    def _check_number(self, image: CocoImage) -> None:
         count = len(self._objects[image.id])
-        size = f"{image.width}x{image.height} pixels"
-        is_too_large = with_masks and count * image.height * image.width > _MAX_MASK_BYTES
-        if count > _MAX_OBJECTS or is_too_large:
+        if count > _MAX_OBJECTS:
             raise AnnotationError(
-                f"{self._path}: image {image.id} ({_shown(image.file_name)}) has {count} objects "
-                f"on {size}, more than can be prepared at once; cut it into smaller pictures"
+                f"{self._path}: image {image.id} ({_shown(image.file_name)}) has {count} objects, "
+                f"more than the limit of {_MAX_OBJECTS}; cut it into smaller pictures"
             )
 
 

@@ -175,24 +175,29 @@ class _Canvas:
         self._owner = np.zeros(rows.shape, dtype=np.int64)  # 0 is the ground
         self._kinds: list[int] = []
         self._whole_areas: list[int] = []
+        self._has_large = False
 
     def add_large(self) -> None:
         """Draws an object whose box is larger than half of the picture."""
         while True:
             kind, inside, along = self._shape(self._generator.uniform(*_LARGE_RADII), spread=0.1)
-            held_rows = np.ptp(np.flatnonzero(inside.any(axis=1))) + 1
-            held_columns = np.ptp(np.flatnonzero(inside.any(axis=0))) + 1
-            if held_rows * held_columns > _LARGE_SHARE * self._side**2:
+            if _is_large(inside):
                 self._paint(kind, inside, along)
+                self._has_large = True
                 return
 
     def add(self, radius: float) -> None:
-        """Draws an object of a radius in sides of the picture, unless it covers another."""
+        """Draws an object of a radius in sides of the picture, unless it covers another.
+
+        Nor does it leave less of a large one than a box larger than half of the picture.
+        """
         kind, inside, along = self._shape(radius, spread=0.4)
         left = np.bincount(self._owner[~inside], minlength=len(self._kinds) + 1)[1:]
         if inside.sum() < _MIN_AREA_PX or any(
             seen < _MIN_SEEN * whole for seen, whole in zip(left, self._whole_areas, strict=True)
         ):
+            return
+        if self._has_large and not _is_large((self._owner == 1) & ~inside):
             return
         self._paint(kind, inside, along)
 
@@ -235,6 +240,13 @@ class _Canvas:
         self._kinds.append(kind)
         self._whole_areas.append(int(inside.sum()))
         self._owner[inside] = len(self._kinds)
+
+
+def _is_large(seen: NDArray[np.bool_]) -> bool:
+    """Whether the box of what is seen is larger than half of the picture."""
+    height = np.ptp(np.flatnonzero(seen.any(axis=1))) + 1
+    width = np.ptp(np.flatnonzero(seen.any(axis=0))) + 1
+    return bool(height * width > _LARGE_SHARE * seen.size)
 
 
 def _is_next(number: int, share: float) -> bool:

@@ -139,7 +139,8 @@ class KeptEvalBatches:
             return
         kept = []
         for batch in self._batches:
-            kept.append(batch)
+            # out of memory that is shared with another process, each tensor by an open file
+            kept.append(Batch(*(one if one.is_pinned() else one.clone() for one in batch)))
             yield batch
         self._kept = kept
 

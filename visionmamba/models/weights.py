@@ -46,6 +46,13 @@ _TASKS: dict[Architecture, str] = {
     "segmenter": "segmentation",
     "detector": "detection",
 }
+
+
+def task_of(architecture: Architecture) -> str:
+    """Return the task that models of an architecture are for."""
+    return _TASKS[architecture]
+
+
 _WithBackbone = TypeVar("_WithBackbone", SegmenterConfig, DetectorConfig)
 
 

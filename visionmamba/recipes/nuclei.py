@@ -12,6 +12,7 @@ from pathlib import Path
 from visionmamba.data import Coco, DetectionAugmentation, DetectionPreprocessing
 from visionmamba.models import DeiTConfig, DetectorConfig, VimConfig
 from visionmamba.recipes.detection import DetectionRecipe
+from visionmamba.tasks import DetectionInference
 from visionmamba.training import OptimizerConfig
 
 _IMAGE_SIZE = 512
@@ -73,6 +74,7 @@ def _nuclei(
         ),
         weights=weights,
         preprocessing=DetectionPreprocessing(image_size=_IMAGE_SIZE),
+        inference=DetectionInference(crop_size=256, stride=192),  # as large as most pictures
         augmentation=DetectionAugmentation(min_scale=0.5, max_scale=2.0, vertical_flip=0.5),
         optimizer=OptimizerConfig(
             lr=5e-4 if is_new else 1e-4,

@@ -3,6 +3,7 @@
 from visionmamba.data import DetectionAugmentation, DetectionPreprocessing, DrawnObjects
 from visionmamba.models import DetectorConfig, VimConfig
 from visionmamba.recipes.detection import DetectionRecipe
+from visionmamba.tasks import DetectionInference
 from visionmamba.training import OptimizerConfig
 
 _IMAGE_SIZE = 64
@@ -34,6 +35,7 @@ def vim_objects() -> DetectionRecipe:
             num_sampled=16,
         ),
         preprocessing=DetectionPreprocessing(image_size=_IMAGE_SIZE),
+        inference=DetectionInference.of_size((_IMAGE_SIZE, _IMAGE_SIZE)),
         augmentation=DetectionAugmentation(min_scale=1.0, max_scale=1.0, vertical_flip=0.5),
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=30, weight_decay=0.05),
         epochs=9,
@@ -66,6 +68,7 @@ def vim_large_objects() -> DetectionRecipe:
             num_sampled=256,
         ),
         preprocessing=DetectionPreprocessing(image_size=_LARGE_IMAGE_SIZE),
+        inference=DetectionInference.of_size((_LARGE_IMAGE_SIZE, _LARGE_IMAGE_SIZE)),
         augmentation=DetectionAugmentation(min_scale=0.5, max_scale=1.0, vertical_flip=0.5),
         optimizer=OptimizerConfig(
             lr=5e-4, schedule="linear", warmup_steps=50, min_lr=0.0, weight_decay=0.05

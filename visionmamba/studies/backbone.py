@@ -177,7 +177,12 @@ class BackboneComparison(StudySettings):
             return replace(
                 model, backbone=backbone, window_size=self.window_size, num_global=num_global
             )
-        return replace(model, backbone=backbone)
+        kinds: dict[str, Any] = {
+            name: "residual"
+            for name in ("features", "last_features")
+            if getattr(model, name) == "mixer"  # which a DeiT does not have
+        }
+        return replace(model, backbone=backbone, **kinds)
 
     def _paper_metrics(self, name: str) -> dict[str, str]:
         """Returns what the paper's table 3 has of a model, by the names of the metrics."""

@@ -10,6 +10,7 @@ from visionmamba.data import Coco, MaskFolder, MaskSplit
 from visionmamba.models import VimConfig
 from visionmamba.recipes import RECIPES, DetectionRecipe, Recipe, SegmentationRecipe
 from visionmamba.recipes.camvid import vim_camvid
+from visionmamba.recipes.dense import DenseRecipe
 from visionmamba.recipes.digits import digits_vim
 from visionmamba.recipes.nuclei import vim_nuclei
 from visionmamba.recipes.objects import vim_large_objects, vim_objects
@@ -48,7 +49,8 @@ class StudySettings:
     the objects, which are there without a download."""
     recipe: str | None = None
     """Name of a recipe of `visionmamba train` that trains a Vim for the task, such as
-    vim_tiny_cifar10; --data says where its data are. By default the plain one for such data."""
+    vim_tiny_cifar10; --data says where its data are. From drawn weights, also where the recipe has
+    others. By default the plain one for such data."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Peak learning rates that every variant is tried at; pretrained ones at a fifth of each."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -149,6 +151,10 @@ class StudySettings:
             raise ValueError(
                 f"recipe must be one of a Vim for {self.task} ({', '.join(known)}), got {name}"
             )
+        if isinstance(recipe, DenseRecipe):
+            recipe = replace(recipe, weights=None, backbone_only=False)
+        else:
+            recipe = replace(recipe, weights=None)
         if not self.data:
             return recipe
         root = Path(self.data)

@@ -63,7 +63,8 @@ class DetectionTask(nn.Module):
             category_ids: numbers of the classes in the annotation files, for results in COCO's
                 format; None counts from 1. Kept in the weights file.
             inference: how the weights are to be used later, kept in their file; validation goes
-                over whole pictures. None is whole pictures later, too.
+                over whole pictures. None is
+                whole pictures later, too, or windows of the model's size.
             palette: one colour a class; None makes some.
 
         Raises:
@@ -82,7 +83,7 @@ class DetectionTask(nn.Module):
         self.class_names = class_names
         self.category_ids = tuple(ids)
         self.preprocessing = preprocessing
-        self.inference = inference or DetectionInference()
+        self.inference = inference or DetectionInference.of_size(preprocessing.size)
         self.palette = palette_of(palette, len(class_names))
 
     def training_loss(self, batch: DetectionBatch) -> Tensor:

@@ -236,9 +236,14 @@ def evaluate_detection(
     metric = CocoMetric(
         class_names=pictures.class_names,
         with_masks=pictures.has_masks,
-        max_detections=max_detections or detector.model.config.max_detections,
+        max_detections=detector.model.config.max_detections
+        if max_detections is None
+        else max_detections,
     )
     model = TimedModel(detector.model, detector.device)
+    inference, at_once, option = detector.inference, batch_size, "batch_size"
+    if inference.mode == "slide":
+        at_once, option = inference.num_windows, "num_windows"
     started = time.perf_counter()
     shown = track(
         batches,
@@ -251,7 +256,7 @@ def evaluate_detection(
         if not rows:
             continue
         with (
-            explain_out_of_memory(batch_size),
+            explain_out_of_memory(at_once, option=option),
             torch.inference_mode(),
             torch.autocast(detector.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
         ):

@@ -215,7 +215,7 @@ class Detector:
         self.model = model.eval().to(self.device)
         self.preprocessing = preprocessing
         self.class_names = class_names
-        self.inference = inference or DetectionInference()
+        self.inference = inference or DetectionInference.of_size(preprocessing.size)
         self.category_ids = _category_ids(category_ids, len(class_names))
         self.palette = palette_of(palette, len(class_names))
 

@@ -11,7 +11,14 @@ from visionmamba.models.detection import DetectionModel
 from visionmamba.models.hub import find_weights
 from visionmamba.models.segmentation import SegmentationModel
 from visionmamba.models.vim import Vim
-from visionmamba.models.weights import METADATA_KEY, WeightsHeader, load, read_header, read_metadata
+from visionmamba.models.weights import (
+    METADATA_KEY,
+    WeightsHeader,
+    load,
+    read_header,
+    read_metadata,
+    task_of,
+)
 from visionmamba.tasks.classification import TASK_NAME as CLASSIFICATION
 from visionmamba.tasks.overlay import Palette, palette_of
 from visionmamba.tasks.sliding import Windows
@@ -54,6 +61,11 @@ class TaskWeights:
             raise ValueError(
                 f"{where} was trained for {header.task}, wanted {task}; use the predictor of that "
                 "task"
+            )
+        if task_of(header.architecture) != task:
+            raise ValueError(
+                f"{where} says that its {header.architecture} was trained for {task}, which none "
+                "can be; get it again"
             )
         if not header.preprocessing or not header.class_names:
             raise ValueError(

@@ -52,6 +52,12 @@ class DetectionInference(Windows):
     min_score: float = 0.5
     """Objects scored lower are not told; average precision counts all that the model reports."""
 
+    @classmethod
+    def of_size(cls, size: tuple[int, int]) -> "DetectionInference":
+        """Returns whole pictures, or windows as large as a model's pictures (height, width)."""
+        side = min(size)
+        return cls(crop_size=side, stride=max(1, side * 3 // 4))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "min_score", float(self.min_score))

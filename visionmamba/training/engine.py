@@ -210,16 +210,25 @@ class Engine(lightning.LightningModule):
         """
         metrics: dict[str, float] = {}
         classes: ClassValues = {}
+        failure: Exception | None = None
         validations, self._validations = self._validations, {}
         for ending, validation in validations.items():
             validation.merge(self._world)
-            if not self._world.is_main:
+            if not self._world.is_main or failure is not None:
                 continue
-            metrics |= {f"{name}{ending}": value for name, value in validation.metrics().items()}
-            for name, of_class in (validation.class_metrics() or {}).items():
+            try:
+                found, of_classes = validation.metrics(), validation.class_metrics() or {}
+            except (ValueError, MemoryError) as error:  # else the others would wait for ever
+                failure = error
+                continue
+            metrics |= {f"{name}{ending}": value for name, value in found.items()}
+            for name, of_class in of_classes.items():
                 row = classes.setdefault(name, {})
                 row |= {f"{metric}{ending}": value for metric, value in of_class.items()}
-        return self._world.from_main((metrics, classes))
+        metrics, classes, failure = self._world.from_main((metrics, classes, failure))
+        if failure is not None:
+            raise failure
+        return metrics, classes
 
     def _draws(self) -> bool:
         is_kept = keeps_picture(self.current_epoch + 1, self._experiment.epochs)
