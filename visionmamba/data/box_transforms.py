@@ -1,6 +1,5 @@
 """From a picture and its objects to the tensors a detector learns from and is judged on."""
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from visionmamba.data.transforms import (
     IMAGENET_STD,
     RESAMPLING,
     Interpolation,
+    check_pixels,
     check_range,
 )
 
@@ -87,17 +87,7 @@ class DetectionPreprocessing:
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise ValueError(f"image_size must be positive, got {self.image_size}")
-        if self.interpolation not in RESAMPLING:
-            raise ValueError(
-                f"interpolation must be one of {', '.join(RESAMPLING)}, got {self.interpolation!r}"
-            )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3:
-                raise ValueError(f"{name} needs 3 values, got {len(values)}")
-            if not all(map(math.isfinite, values)):
-                raise ValueError(f"{name} must be finite numbers, got {values}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, got {self.std}")
+        check_pixels(self.interpolation, self.mean, self.std)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """From a picture and its mask to the tensors a segmentation model learns from and is judged on."""
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from visionmamba.data.transforms import (
     IMAGENET_STD,
     RESAMPLING,
     Interpolation,
+    check_pixels,
     check_range,
 )
 
@@ -83,17 +83,7 @@ class SegmentationPreprocessing:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
             if value is not None and value > MAX_PIXELS:
                 raise ValueError(f"{name} must be at most {MAX_PIXELS} or None, got more")
-        if self.interpolation not in RESAMPLING:
-            raise ValueError(
-                f"interpolation must be one of {', '.join(RESAMPLING)}, got {self.interpolation!r}"
-            )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3:
-                raise ValueError(f"{name} needs 3 values, got {len(values)}")
-            if not all(map(math.isfinite, values)):
-                raise ValueError(f"{name} must be finite, got {values}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, got {self.std}")
+        check_pixels(self.interpolation, self.mean, self.std)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """From a picture to the tensor a model reads: fixed preparation, and training's random changes."""
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -302,6 +303,21 @@ def centred_box(
         (left + width) * picture_width / resized_width,
         (top + height) * picture_height / resized_height,
     )
+
+
+def check_pixels(interpolation: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ValueError where colour pictures cannot be resized and normalised so."""
+    if interpolation not in RESAMPLING:
+        raise ValueError(
+            f"interpolation must be one of {', '.join(RESAMPLING)}, got {interpolation!r}"
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise ValueError(f"{name} needs 3 values, got {len(values)}")
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{name} must be finite, got {values}")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, got {std}")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -17,7 +17,7 @@ from visionmamba.models.cascade import STAGES, CascadeHeads
 from visionmamba.models.config import VimConfig, names_valid_options
 from visionmamba.models.deit import DeiTConfig
 from visionmamba.models.proposals import proposal_network
-from visionmamba.models.pyramid import FeaturePyramid
+from visionmamba.models.pyramid import FeaturePyramid, OverBackbone
 from visionmamba.models.vim import Vim
 from visionmamba.models.windows import WindowedDeiT
 
@@ -31,7 +31,7 @@ _NUM_LEVELS = 5  # those of the pyramid, and one that only proposals are made fr
 
 @names_valid_options
 @dataclass(frozen=True, kw_only=True)
-class DetectorConfig:
+class DetectorConfig(OverBackbone):
     """Everything that defines a detector; `build()` or `DetectionModel(config)` makes it.
 
     The defaults are the published detection. A wrong option raises TypeError, a wrong value
@@ -116,27 +116,6 @@ class DetectorConfig:
                 "the backbone's patches must be at stride 4, 8, 16 or 32 px and leave no pixel "
                 f"out; got patches of {self.backbone.patch_size} at stride {self.stride}"
             )
-
-    @property
-    def image_size(self) -> int | tuple[int, int]:
-        """Side or (height, width) in pixels that the position embedding is learned for."""
-        return self.backbone.image_size
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the pictures."""
-        return self.backbone.in_channels
-
-    @property
-    def d_model(self) -> int:
-        """Channels of the backbone's map."""
-        return self.backbone.d_model
-
-    @property
-    def stride(self) -> int:
-        """Pixels from one patch of the backbone to the next."""
-        backbone = self.backbone
-        return backbone.resolved_stride if isinstance(backbone, VimConfig) else backbone.patch_size
 
     @property
     def strides(self) -> tuple[int, ...]:

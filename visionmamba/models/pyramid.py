@@ -11,12 +11,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionmamba.models.deit import DeiT
+from visionmamba.models.config import VimConfig
+from visionmamba.models.deit import DeiT, DeiTConfig
 from visionmamba.models.vim import Vim
 
 PyramidKind = Literal["segmentation", "detection"]
 
 STRIDES_PX = (4, 8, 16, 32)
+
+
+class OverBackbone:
+    """What the configuration of a model over a backbone says of the backbone."""
+
+    backbone: VimConfig | DeiTConfig
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """Side or (height, width) in pixels that the position embedding is learned for."""
+        return self.backbone.image_size
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the pictures."""
+        return self.backbone.in_channels
+
+    @property
+    def d_model(self) -> int:
+        """Channels of the backbone's maps."""
+        return self.backbone.d_model
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one patch of the backbone to the next."""
+        return stride_of(self.backbone)
 
 
 class FeaturePyramid(nn.Module):
@@ -105,6 +132,11 @@ class PyramidBackbone(nn.Module):
         maps = self.backbone.features(images, self.layers)
         levels: tuple[Tensor, ...] = self.pyramid([one.to(images.dtype) for one in maps])
         return levels
+
+
+def stride_of(config: VimConfig | DeiTConfig) -> int:
+    """Return the pixels from one patch of a backbone to the next."""
+    return config.resolved_stride if isinstance(config, VimConfig) else config.patch_size
 
 
 def layers_of_levels(backbone: Vim | DeiT, count: int) -> list[int]:

@@ -14,7 +14,13 @@ from torch.nn import functional as F
 from visionmamba.models.config import FeatureKind, VimConfig, names_valid_options
 from visionmamba.models.deit import DeiT, DeiTConfig
 from visionmamba.models.mask_transformer import MaskTransformer
-from visionmamba.models.pyramid import STRIDES_PX, FeaturePyramid, layers_of_levels
+from visionmamba.models.pyramid import (
+    STRIDES_PX,
+    FeaturePyramid,
+    OverBackbone,
+    layers_of_levels,
+    stride_of,
+)
 from visionmamba.models.vim import Vim
 
 if TYPE_CHECKING:
@@ -28,7 +34,7 @@ _AUXILIARY_LEVEL = 2  # the map at stride 16
 
 @names_valid_options
 @dataclass(frozen=True, kw_only=True)
-class SegmenterConfig:
+class SegmenterConfig(OverBackbone):
     """Everything that defines a segmenter; `build()` or `SegmentationModel(config)` makes it.
 
     The defaults are the published segmentation with UperNet. A wrong option raises TypeError, a
@@ -98,27 +104,6 @@ class SegmenterConfig:
                 f"patches of {patch} px at stride {self.stride} leave pixels out; choose a stride "
                 f"up to {patch}"
             )
-
-    @property
-    def image_size(self) -> int | tuple[int, int]:
-        """Side or (height, width) in pixels that the position embedding is learned for."""
-        return self.backbone.image_size
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the pictures."""
-        return self.backbone.in_channels
-
-    @property
-    def d_model(self) -> int:
-        """Channels of the backbone's maps."""
-        return self.backbone.d_model
-
-    @property
-    def stride(self) -> int:
-        """Pixels from one patch of the backbone to the next."""
-        backbone = self.backbone
-        return backbone.resolved_stride if isinstance(backbone, VimConfig) else backbone.patch_size
 
     def build(self) -> "SegmentationModel":
         """Return a freshly initialised model.
@@ -265,9 +250,7 @@ def read_maps(
     """
     height, width = images.shape[-2:]
     padded = padded_size((height, width))
-    config = backbone.config
-    stride = config.resolved_stride if isinstance(config, VimConfig) else config.patch_size
-    overlap = config.patch_size - stride
+    overlap = backbone.config.patch_size - stride_of(backbone.config)
     before = overlap // 2
     margins = (
         before,

@@ -68,41 +68,37 @@ def deit_tiny_imagenette(root: Path | str = "imagenette") -> Recipe:
 
 
 def _cifar10(name: str, model: VimConfig | DeiTConfig, root: Path | str) -> Recipe:
-    return Recipe(
-        name=name,
-        data=ImageFolder(root=Path(root)),
-        model=model,
-        preprocessing=Preprocessing(image_size=32, crop_fraction=1.0),
-        augmentation=_augmentation(0.4),
-        mixing=_MIXING,
-        optimizer=OptimizerConfig(lr=1e-3, warmup_epochs=5, weight_decay=0.05),
-        epochs=130,
-        batch_size=512,
-        precision="bfloat16",
-        resident=True,
-    )
+    return _recipe(name, model, root, min_crop_area=0.4, epochs=130, batch_size=512)
 
 
 def _imagenette(name: str, model: VimConfig | DeiTConfig, root: Path | str) -> Recipe:
+    return _recipe(name, model, root, min_crop_area=0.25, epochs=200, batch_size=256)
+
+
+def _recipe(
+    name: str,
+    model: VimConfig | DeiTConfig,
+    root: Path | str,
+    *,
+    min_crop_area: float,
+    epochs: int,
+    batch_size: int,
+) -> Recipe:
     return Recipe(
         name=name,
         data=ImageFolder(root=Path(root)),
         model=model,
-        preprocessing=Preprocessing(image_size=160, crop_fraction=1.0),
-        augmentation=_augmentation(0.25),
+        preprocessing=Preprocessing(image_size=model.image_size, crop_fraction=1.0),
+        augmentation=Augmentation(
+            min_crop_area=min_crop_area,
+            horizontal_flip=True,
+            color_jitter=0.3,
+            erase_probability=0.25,
+        ),
         mixing=_MIXING,
         optimizer=OptimizerConfig(lr=1e-3, warmup_epochs=5, weight_decay=0.05),
-        epochs=200,
-        batch_size=256,
+        epochs=epochs,
+        batch_size=batch_size,
         precision="bfloat16",
         resident=True,
-    )
-
-
-def _augmentation(min_crop_area: float) -> Augmentation:
-    return Augmentation(
-        min_crop_area=min_crop_area,
-        horizontal_flip=True,
-        color_jitter=0.3,
-        erase_probability=0.25,
     )
