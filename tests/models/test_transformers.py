@@ -151,7 +151,8 @@ def test_other_heads_stay_here():
 def test_without_transformers_the_remedy_is_named(monkeypatch):
     for name in ("transformers", "transformers.models.upernet.modeling_upernet"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "visionmamba.models.transformers")
+    for name in ("visionmamba.models.transformers", "visionmamba.models.upernet"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     remedy = r'pip install "visionmamba\[segmentation\]"'
     with pytest.raises(ImportError, match=remedy):
         importlib.import_module("visionmamba.models.transformers")

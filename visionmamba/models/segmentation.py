@@ -21,6 +21,7 @@ from visionmamba.models.pyramid import (
     layers_of_levels,
     stride_of,
 )
+from visionmamba.models.upsample import upsample
 from visionmamba.models.vim import Vim
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 SegmentationHead = Literal["upernet", "segmenter"]
 
-_POOL_SCALES = (1, 2, 3, 6)
 _AUXILIARY_LEVEL = 2  # the map at stride 16
 
 
@@ -186,7 +186,8 @@ class SegmentationModel(nn.Module):
             self._refuse_single_picture()
         size = (images.shape[2], images.shape[3])
         maps = read_maps(self.backbone, images, self.layers, self.kinds)
-        levels = [one.to(images.dtype) for one in maps]
+        # a Vim gives its channels last; its head takes as long as a DeiT's with them first
+        levels = [one.to(images.dtype).contiguous() for one in maps]
         if self.pyramid is None:
             logits = self._at_pixels(self.decode_head(levels[-1]), size)
             return (logits, None) if self.training else logits
@@ -201,7 +202,7 @@ class SegmentationModel(nn.Module):
     def _at_pixels(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
         """Return scores (B, K, h, w) of the padded pictures at the pixels of the pictures."""
         padded = padded_size(size)
-        pixels = F.interpolate(scores.float(), size=padded, mode="bilinear", align_corners=False)
+        pixels = upsample(scores.float(), padded)
         return pixels if padded == size else pixels[..., : size[0], : size[1]]
 
     def _refuse_single_picture(self) -> None:
@@ -263,56 +264,28 @@ def read_maps(
     return backbone.features(images, layers, kind=kinds)
 
 
-class _ClassifierWithDropout(nn.Conv2d):
-    """A 1x1 convolution that drops whole channels of its input in training."""
-
-    def __init__(self, channels: int, num_classes: int, *, dropout: float) -> None:
-        super().__init__(channels, num_classes, kernel_size=1)
-        self.dropout = dropout
-
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(F.dropout2d(features, self.dropout, self.training))
-
-
 def _upernet_heads(config: SegmenterConfig, channels: int) -> tuple[nn.Module, nn.Module | None]:
-    """Return transformers' UperNet head and auxiliary head with what theirs lack: dropout."""
+    """Return UperNet's head, and its auxiliary one unless that has no channels."""
     try:
-        from transformers.models.upernet.configuration_upernet import UperNetConfig
-        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+        from visionmamba.models.upernet import AuxiliaryHead, UperNet
     except ImportError:
         raise ImportError(
             'head "upernet" needs transformers: pip install "visionmamba[segmentation]", or take '
             'head="segmenter"'
         ) from None
-    options = UperNetConfig(
-        hidden_size=channels,
-        pool_scales=_POOL_SCALES,
-        auxiliary_channels=max(config.auxiliary_channels, 1),
-    )
-    options.num_labels = config.num_classes
     in_channels = [config.d_model] * len(STRIDES_PX)
-    decode_head = UperNetHead(options, in_channels)  # type: ignore[no-untyped-call]
-    _finish(decode_head, decode_head.channels, config)
+    num_classes, dropout = config.num_classes, config.dropout
+    decode_head = UperNet(in_channels, channels, num_classes=num_classes, dropout=dropout)
     if not config.auxiliary_channels:
         return decode_head, None
-    auxiliary_head = UperNetFCNHead(options, in_channels, in_index=_AUXILIARY_LEVEL)
-    _finish(auxiliary_head, auxiliary_head.channels, config)
+    auxiliary_head = AuxiliaryHead(
+        in_channels,
+        config.auxiliary_channels,
+        level=_AUXILIARY_LEVEL,
+        num_classes=num_classes,
+        dropout=dropout,
+    )
     return decode_head, auxiliary_head
-
-
-def _finish(head: nn.Module, channels: int, config: SegmenterConfig) -> None:
-    """Give a head a classifier with dropout and the weights that training starts from.
-
-    These are drawn as by the library that the published segmentation runs in (mmsegmentation).
-    """
-    for module in head.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    classifier = _ClassifierWithDropout(channels, config.num_classes, dropout=config.dropout)
-    nn.init.normal_(classifier.weight, std=0.01)
-    assert classifier.bias is not None
-    nn.init.zeros_(classifier.bias)
-    head.classifier = classifier
 
 
 def _check_int(name: str, value: object, least: int) -> None:
