@@ -138,7 +138,8 @@ def test_lessons_take_equal_minutes_and_their_weights_start_the_segmenters(
             return Outcome(metrics={"val_miou": 0.5})
         job.out.mkdir(parents=True)
         seconds = {"VimConfig": 6.0, "DeiTConfig": 2.0}[type(job.recipe.model).__name__]
-        return Outcome(metrics={"val_accuracy": 0.6}, seconds=seconds * job.recipe.epochs)
+        seconds = 20.0 + seconds * job.recipe.epochs  # a start, and each epoch
+        return Outcome(metrics={"val_accuracy": 0.6}, seconds=seconds)
 
     made = make_up(monkeypatch, answer)
     study = BackboneComparison(
@@ -150,19 +151,45 @@ def test_lessons_take_equal_minutes_and_their_weights_start_the_segmenters(
         out=tmp_path / "out",
     )
     result = study.run(console=QUIET)
-    lessons = {job.out.name: job.recipe for job in made[4:6]}
+    lessons = {job.out.name: job.recipe for job in made[6:8]}
     assert {name: recipe.epochs for name, recipe in lessons.items()} == {"vim": 10, "deit": 30}
+    assert not any(recipe.resident for recipe in lessons.values())
     assert [path.name for path in (tmp_path / "out" / "pretraining").iterdir() if path.is_dir()]
-    weights = [getattr(job.recipe, "weights", None) for job in made[6:]]
+    weights = [getattr(job.recipe, "weights", None) for job in made[8:]]
     folder = tmp_path / "out" / "pretraining"
     files = [folder / name / "last.safetensors" for name in ("vim", "deit")]
     assert weights == [None, None, *files]
-    assert "Vim 10 epochs in 1.0 minutes, top-1 60.0%" in result.to_markdown()
+    assert "Vim 10 epochs in 1.3 minutes, top-1 60.0%" in result.to_markdown()
     assert [row.variant for row in result.rows()] == [
         "Vim, from scratch", "DeiT, from scratch", "Vim, pretrained", "DeiT, pretrained",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="of 1 minutes of classification and not of 2"):
         replace(study, pretraining_minutes=2.0).run(console=QUIET)
+
+
+def test_resident_lessons_have_their_own_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "vim_shapes", tiny_shapes)
+
+    def answer(job: Job) -> Outcome:
+        job.out.mkdir(parents=True)
+        return Outcome(metrics={"val_accuracy": 0.6, "val_miou": 0.5}, seconds=1.0)
+
+    made = make_up(monkeypatch, answer)
+    BackboneComparison(
+        task="segmentation",
+        pretraining_data=folder_of_classes(tmp_path / "classes"),
+        pretraining_resident=True,
+        learning_rates=(1e-3,),
+        seeds=(0,),
+        out=tmp_path / "out",
+    ).run(console=QUIET)
+    lessons = [job.recipe for job in made if isinstance(job.recipe, Recipe)]
+    assert len(lessons) == 8
+    assert all(one.resident and one.mixing.cutmix for one in lessons)
+    # trials as long as each other: five epochs in the time of one
+    assert [one.epochs for one in lessons[-2:]] == [900, 900]
 
 
 @pytest.mark.parametrize("epochs", [None, 1])
