@@ -46,3 +46,9 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def usual_algorithms(deterministic: None) -> None:
+    """For a detector on a GPU: torchvision compiles another RoIAlign where all must repeat."""
+    torch.use_deterministic_algorithms(False)

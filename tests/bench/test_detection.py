@@ -120,6 +120,7 @@ def test_what_is_for_detectors_stays_with_them(options: dict[str, object], messa
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("usual_algorithms")
 @pytest.mark.filterwarnings("ignore:cuDNN Attention defaults to a non-deterministic:UserWarning")
 def test_gpu_rows_have_time_and_memory(tmp_path: Path) -> None:
     settings = DetectionSpeed(

@@ -216,6 +216,7 @@ def test_missing_evaluator_is_named_before_training(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("usual_algorithms")
 def test_detector_trains_in_bfloat16() -> None:
     model = CONFIG.build().cuda().train()
     learning = DetectionTask(model, class_names=PICTURES.class_names, preprocessing=PREPROCESSING)

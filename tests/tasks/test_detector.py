@@ -384,6 +384,7 @@ def test_wrong_numbers_of_the_classes_are_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("usual_algorithms")
 @pytest.mark.parametrize("mode", ["whole", "slide"])
 def test_gpu_agrees_with_the_cpu(weights: Path, mode: Any) -> None:
     inference = DetectionInference(mode=mode, crop_size=80, stride=50, min_score=0.0)
