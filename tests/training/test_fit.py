@@ -20,6 +20,7 @@ from visionmamba.models import load, read_header
 from visionmamba.models.weights import read_tensors
 from visionmamba.recipes import Recipe
 from visionmamba.training import Experiment, FitResult, NonFiniteError, fit, read_metrics
+from visionmamba.training.graphs import launch_text
 
 ROUNDING = 1e-4  # of float32 sums in another order, over eleven steps
 
@@ -64,6 +65,7 @@ def test_results_say_what_was_done(finished: FitResult) -> None:
     assert results["unreadable"] == {"train": [], "val": []}
     assert results["loader"]["images_per_second"] > 0
     assert 0 <= results["loader"]["waiting_share"] <= 1
+    assert results["cuda_graphs"] == {"used": False, "why_not": "the model is on the cpu"}
     assert results["parameters"] == sum(
         p.numel() for p in load(finished.out / "last.safetensors").parameters()
     )
@@ -272,11 +274,29 @@ def test_graphs_take_the_same_steps_on_a_gpu(tmp_path: Path, device_batch_size: 
         model=replace(recipe.model, drop_path=0.0, dropout=0.0),
         device_batch_size=device_batch_size,
     )
-    eager = fit(recipe, tmp_path / "eager", device="cuda", progress=False)
+    eager = fit(recipe, tmp_path / "eager", device="cuda", cuda_graphs=False, progress=False)
     graphs = fit(recipe, tmp_path / "graphs", device="cuda", cuda_graphs=True, progress=False)
     for expected, actual in zip(steps_of(eager), steps_of(graphs), strict=True):
         assert actual == pytest.approx(expected, rel=ROUNDING)
     assert graphs.metrics["val_loss_ema"] == pytest.approx(eager.metrics["val_loss_ema"], rel=1e-3)
+
+
+@pytest.mark.once
+@pytest.mark.gpu
+def test_graphs_are_taken_on_a_gpu_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, model, reason in (
+        ("graphs", {}, None),
+        ("checkpointed", {"activation_checkpointing": True}, "activation checkpointing restores"),
+    ):
+        recipe = small_recipe(epochs=1)
+        recipe = replace(recipe, model=replace(recipe.model, **model))
+        fit(recipe, tmp_path / name, device="cuda")
+        noted = json.loads((tmp_path / name / "results.json").read_text())["cuda_graphs"]
+        assert noted["used"] is (reason is None)
+        assert (noted["why_not"] or "").startswith(reason or "")
+        assert launch_text(noted["why_not"]) in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.once

@@ -52,9 +52,9 @@ class RunOptions:
     divided by its devices (at most 16) on GPUs, none on the CPU."""
     checkpoint_every_steps: int = 500
     """Steps between checkpoints, beside the one after each epoch."""
-    cuda_graphs: bool = False
-    """Record forward and backward of the model once and replay them, which spares the host; GPU
-    only, without --compile."""
+    cuda_graphs: tyro.conf.DisallowNone[bool | None] = None  # not on the command line, that is
+    """Record forward and backward of the model once and replay them, which spares the host. Without
+    either: on one NVIDIA GPU, but for --compile and what cannot be recorded, such as detectors."""
     quiet: bool = False
     """Show no progress."""
 

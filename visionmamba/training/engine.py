@@ -20,7 +20,7 @@ from visionmamba.data import derive_seed
 from visionmamba.training.average import MovingAverage
 from visionmamba.training.backbone import blocks_of
 from visionmamba.training.experiment import Experiment, NonFiniteError, Validation
-from visionmamba.training.graphs import can_be_recorded, graph_forward
+from visionmamba.training.graphs import graph_forward
 from visionmamba.training.metrics import ClassValues
 from visionmamba.training.sharding import local, shard, whole
 from visionmamba.training.stopping import StopRequest
@@ -45,7 +45,7 @@ class Engine(lightning.LightningModule):
         world: World,
         stop: StopRequest,
         is_sharded: bool,
-        uses_graphs: bool,
+        one_by_one: str | None,
     ) -> None:
         super().__init__()
         self._experiment = experiment
@@ -53,7 +53,6 @@ class Engine(lightning.LightningModule):
         self._world = world
         self._stop = stop
         self._is_sharded = is_sharded
-        self._uses_graphs = uses_graphs
         self._is_configured = False
         self._undo_graphs: Callable[[], None] | None = None
         self.task = cast(nn.Module, experiment.task)
@@ -65,6 +64,8 @@ class Engine(lightning.LightningModule):
         self._loss: Tensor | None = None
         self._batch: Any = None
         self._validations: dict[str, Validation] = {}
+        self.one_by_one = one_by_one
+        """Why kernels are launched one by one; None: CUDA graphs are replayed."""
         self.picture: Image.Image | None = None
         """What the task draws of the first validation batch of this process, if it is kept."""
         self.step_values: dict[str, float] = {}
@@ -111,10 +112,11 @@ class Engine(lightning.LightningModule):
     @override
     def on_train_start(self) -> None:
         self.begin_average()
-        if self._uses_graphs and can_be_recorded(self._task.model):
+        if self.one_by_one is None:
             self._undo_graphs = graph_forward(
                 self._task.model,
                 copies_gradients=self._world.size > 1 or self._experiment.passes_per_step > 1,
+                on_failure=self._note_one_by_one,
             )
 
     def begin_average(self) -> None:
@@ -229,6 +231,9 @@ class Engine(lightning.LightningModule):
         if failure is not None:
             raise failure
         return metrics, classes
+
+    def _note_one_by_one(self, reason: str) -> None:
+        self.one_by_one = reason
 
     def _draws(self) -> bool:
         is_kept = keeps_picture(self.current_epoch + 1, self._experiment.epochs)

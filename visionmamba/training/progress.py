@@ -14,6 +14,7 @@ from rich.progress import (
 from typing_extensions import override
 
 from visionmamba.training.engine import Engine
+from visionmamba.training.graphs import launch_text
 from visionmamba.training.recorder import Recorder
 
 _SHOW_EVERY_STEPS = 10
@@ -21,7 +22,7 @@ _BAR_WIDTH = 16  # all columns together fit into 80 characters
 
 
 class ProgressBar(lightning.Callback):
-    """Shows epoch, loss and the monitored metric on stderr."""
+    """Shows how a GPU is kept busy, then epoch, loss and the monitored metric, on stderr."""
 
     def __init__(self, recorder: Recorder, *, title: str, epochs: int, monitor: str) -> None:
         self._recorder = recorder
@@ -44,6 +45,9 @@ class ProgressBar(lightning.Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            launch = launch_text(cast(Engine, pl_module).one_by_one)
+            self._console.print(f"{self._title}  {launch}", highlight=False)
         self._line = self._bar.add_task(
             self._title,
             total=int(trainer.estimated_stepping_batches),
