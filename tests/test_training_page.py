@@ -19,6 +19,7 @@ SBATCH = ROOT / "docs" / "vim_imagenet.sbatch"
 OF_OTHER_PROGRAMS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
     *("--help", "--stride", "--resize"),  # convert's
+    "--workers",  # bench's
 }
 
 
@@ -47,6 +48,7 @@ def test_every_option_on_the_page_exists() -> None:
     valid = options_of("finetune") | options_of("vim_tiny_imagenet")
     for source in ("folder", "shards", "hugging-face", "timm"):
         valid |= options_of("finetune", "--source", source)
+    valid |= {"--no-cuda-graphs"}
     assert {option for option in named if option.rstrip(".") != "--data"} <= valid
 
 

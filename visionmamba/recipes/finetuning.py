@@ -47,9 +47,10 @@ def finetune(
 
     Source: ours; layer-wise decay as in BEiT (arXiv 2106.08254).
     Run:    visionmamba train finetune --data.root PICTURES --out runs/mine
-    Cost:   not run.
+    Cost:   8 s an epoch of 9,469 photographs at 160 px in bfloat16, one H200 and 16 cores.
     Paper:  none.
-    Here:   not run on photographs; tests learn drawn pictures.
+    Here:   Imagenette, from weights that knew five of its ten classes: 64.6 top-1 after 8 of 12
+            epochs (docs/training.md). From published weights: not run.
 
     Args:
         root: folder of the pictures.
