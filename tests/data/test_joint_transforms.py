@@ -72,7 +72,7 @@ def test_unchanged_training_is_the_padded_picture() -> None:
     plain, same = preprocessing.build()(image, mask)
     assert labels is not None
     assert same is not None
-    assert torch.equal(changed[:, :13, :17], plain)
+    torch.testing.assert_close(changed[:, :13, :17], plain)
     assert torch.equal(labels[:13, :17], same)
     assert (labels[13:] == IGNORE).all()
     assert (labels[:, 17:] == IGNORE).all()
@@ -147,7 +147,7 @@ def test_colours_change_and_the_mask_does_not() -> None:
         assert np.array_equal(labels.numpy(), mask)
         assert 0 <= changed.min() <= changed.max() <= 1
         changes.append(float((changed - plain).abs().mean()))
-    assert max(changes) > 0.1
+    assert max(changes) > 0.05
     assert len(set(changes)) > 10
 
 

@@ -1,5 +1,6 @@
 """Batches of masks: the same for any workers and ranks, of one size each, complete."""
 
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from visionmamba.data import (
     MaskFolder,
     SegmentationAugmentation,
     SegmentationBatch,
+    SegmentationCuts,
     SegmentationEvalBatches,
     SegmentationPreprocessing,
     SegmentationSet,
@@ -22,6 +24,7 @@ from visionmamba.data import (
     Shapes,
     UnreadableImageError,
 )
+from visionmamba.data.loading import CHANGES, derive_seed
 
 pytestmark = pytest.mark.once
 
@@ -75,6 +78,11 @@ def eval_batches(
     ]
 
 
+def moved(loader: Iterable[SegmentationCuts]) -> list[SegmentationBatch]:
+    """The batches of a pass as a model gets them."""
+    return [batch.to("cpu") for batch in loader]
+
+
 def assert_equal(first: list[SegmentationBatch], second: list[SegmentationBatch]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
@@ -90,43 +98,65 @@ def rows(found: list[SegmentationBatch]) -> list[list[float]]:
 
 
 def test_training_batches_have_one_shape_and_each_picture_once() -> None:
-    found = list(batches())
+    found = moved(batches())
     assert len(found) == len(batches()) == 5
     assert all(batch.images.shape == (4, 3, 16, 16) for batch in found)
     assert all(batch.masks.shape == (4, 16, 16) for batch in found)
     assert sorted(torch.cat([batch.indices for batch in found]).tolist()) == list(range(20))
 
 
+def test_batches_are_the_transformed_pictures(tmp_path: Path) -> None:
+    images = folder(tmp_path)  # sizes on both sides of the crop
+    (cuts,) = batches(images, batch_size=5, epoch_steps=1)
+    found = cuts.to("cpu")
+    assert (cuts.pixels.dtype, cuts.masks.dtype) == (torch.uint8, torch.uint8)
+    assert (found.images.dtype, found.masks.dtype) == (torch.float32, torch.int64)
+    for row, index in enumerate(cuts.indices.tolist()):
+        torch.manual_seed(derive_seed(0, CHANGES, 0, index))
+        image, mask = TRAINING(images.image(index), images.mask(index))
+        torch.testing.assert_close(found.images[row], image)
+        assert mask is not None
+        assert torch.equal(found.masks[row], mask)
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_pictures(tmp_path: Path) -> None:
+    (cuts,) = batches(folder(tmp_path), batch_size=5, epoch_steps=1)
+    found, wanted = cuts.to("cuda"), cuts.to("cpu")
+    torch.testing.assert_close(found.images.cpu(), wanted.images, rtol=1e-5, atol=1e-4)
+    assert torch.equal(found.masks.cpu(), wanted.masks)
+
+
 def test_seed_alone_decides() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    assert_equal(list(batches()), list(batches(num_workers=2)))
+    assert_equal(moved(batches()), moved(batches(num_workers=2)))
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(next(iter(batches(seed=1))).images, next(iter(batches())).images)
+    assert not torch.equal(next(iter(batches(seed=1))).pixels, next(iter(batches())).pixels)
 
 
 @pytest.mark.parametrize("num_done", [0, 2, 5])
 def test_resume_goes_on_with_the_same_batches(num_done: int) -> None:
     unbroken = batches()
-    expected = [*unbroken, *unbroken]
+    expected = moved([*unbroken, *unbroken])
     first = batches()
     list(islice(first, num_done))
     resumed = batches()
     resumed.load_state_dict(first.state_dict())
-    found = [*resumed, *resumed] if num_done < 5 else list(resumed)
+    found = moved([*resumed, *resumed] if num_done < 5 else resumed)
     assert_equal(found, expected[num_done : num_done + len(found)])
 
 
 def test_ranks_share_the_batches_of_one() -> None:
-    whole = list(batches(batch_size=4))
-    halves = [list(batches(batch_size=2, rank=rank, num_ranks=2)) for rank in range(2)]
+    whole = moved(batches(batch_size=4))
+    halves = [moved(batches(batch_size=2, rank=rank, num_ranks=2)) for rank in range(2)]
     for number, batch in enumerate(whole):
         assert rows([half[number] for half in halves]) == rows([batch])
 
 
 def test_epoch_of_many_steps_goes_through_the_set_again_in_another_order() -> None:
     loader = batches(epoch_steps=12, batches_per_step=1)
-    found = list(loader)
+    found = moved(loader)
     indices = torch.cat([batch.indices for batch in found])
     assert len(loader) == len(found) == 12
     first, second = indices[:20], indices[20:40]
@@ -139,10 +169,10 @@ def test_epoch_of_many_steps_goes_through_the_set_again_in_another_order() -> No
 
 def test_epoch_of_many_steps_resumes_and_is_shared_by_ranks() -> None:
     whole = batches(batch_size=4, epoch_steps=12)
-    expected = list(whole)
+    expected = moved(whole)
     resumed = batches(batch_size=4, epoch_steps=12)
     resumed.load_state_dict({"epoch": 0, "num_samples": 4 * 7})
-    assert_equal(list(resumed), expected[7:])
+    assert_equal(moved(resumed), expected[7:])
     half = list(batches(batch_size=2, epoch_steps=12, rank=1, num_ranks=2))
     for mine, whole_batch in zip(half, expected, strict=True):
         assert set(mine.indices.tolist()) <= set(whole_batch.indices.tolist())
@@ -150,7 +180,7 @@ def test_epoch_of_many_steps_resumes_and_is_shared_by_ranks() -> None:
 
 def test_steps_of_an_epoch_may_be_few_or_the_set_small() -> None:
     assert len(list(batches(epoch_steps=2, batches_per_step=2))) == 4
-    assert next(iter(batches(batch_size=64, epoch_steps=1))).images.shape[0] == 64
+    assert len(next(iter(batches(batch_size=64, epoch_steps=1))).pixels) == 64
     with pytest.raises(ValueError, match="batch_size=64 is larger than the training set of 20"):
         batches(batch_size=64)
     with pytest.raises(ValueError, match="epoch_steps must be at least 1"):

@@ -98,7 +98,7 @@ def test_training_batches_are_cropped_and_padded() -> None:
     )
     experiment = recipe.build()
     assert len(experiment.train_batches) == 10 // 4
-    batch = next(iter(experiment.train_batches))
+    batch = next(iter(experiment.train_batches)).to("cpu")
     assert batch.images.shape == (4, 3, 32, 32)
     assert (batch.masks == IGNORE).float().mean() > 0.5
 

@@ -31,6 +31,7 @@ from visionmamba.data.libraries import HuggingFaceData, TimmData
 from visionmamba.data.loading import PADDING, derive_seed
 from visionmamba.data.mask_batches import (
     SegmentationBatch,
+    SegmentationCuts,
     SegmentationEvalBatches,
     SegmentationTrainBatches,
 )
@@ -135,6 +136,7 @@ __all__ = [
     "ResidentTrainBatches",
     "SegmentationAugmentation",
     "SegmentationBatch",
+    "SegmentationCuts",
     "SegmentationEvalBatches",
     "SegmentationPreprocessing",
     "SegmentationSet",

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from visionmamba.data.image_files import MAX_PIXELS, UnreadableImageError
 from visionmamba.data.masks import IGNORE
+from visionmamba.data.photometric import UNCHANGED, change_colours, draw_colours, uniform
 from visionmamba.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,10 +25,6 @@ from visionmamba.data.transforms import (
 )
 
 _CROP_TRIES = 10  # as in mmsegmentation, whose last try counts whatever it shows
-_MAX_BRIGHTNESS = 32  # of 255
-_CONTRAST = (0.5, 1.5)
-_SATURATION = (0.5, 1.5)
-_MAX_HUE = 36  # degrees: 18 steps of OpenCV's 180
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +117,30 @@ class SegmentationPreprocessing:
         """Returns the transform of evaluation, or of training when an augmentation is given."""
         return JointTransform(preprocessing=self, augmentation=augmentation)
 
+    def finish(self, pixels: Tensor, sizes: Tensor, colours: Tensor) -> Tensor:
+        """Returns a model's input (B, 3, h, w), float32: colours changed, normalised, 0 outside.
+
+        Args:
+            pixels: (B, h, w, 3) uint8, on any device.
+            sizes: (B, 2) on the CPU: height and width of the picture in the top left corner.
+            colours: (B, 5) on the CPU: changes, as in `photometric.UNCHANGED`.
+        """
+        device = pixels.device
+        if device.type == "cpu" and len(pixels) > 1:  # one by one they stay in its caches
+            parts = (one.split(1) for one in (pixels, sizes, colours))
+            return torch.cat([self.finish(*part) for part in zip(*parts, strict=True)])
+        images = pixels.permute(0, 3, 1, 2).float().contiguous()
+        if bool((colours != torch.tensor(UNCHANGED)).any()):
+            images = change_colours(images, colours.to(device))
+        mean, std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std)
+        )
+        images = images.div_(255).sub_(mean).div_(std)
+        heights, widths = sizes.to(device).view(-1, 2, 1, 1).unbind(1)
+        rows, columns = (torch.arange(side, device=device) for side in images.shape[2:])
+        is_outside = (rows[:, None] >= heights) | (columns >= widths)
+        return images.masked_fill_(is_outside[:, None], 0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for the header of a weights file."""
         return {
@@ -159,6 +179,19 @@ class SegmentationPreprocessing:
             raise ValueError(f"preprocessing holds a value of the wrong type: {error}") from None
 
 
+class Cut(NamedTuple):
+    """What training cuts out of a picture, as bytes; `finish` makes a model's input of several."""
+
+    pixels: NDArray[np.uint8]
+    """(h, w, 3), 0 at the right and the bottom where the picture is smaller."""
+    mask: NDArray[np.uint8]
+    """(h, w), there `IGNORE`."""
+    size: tuple[int, int]
+    """Height and width without that."""
+    colours: tuple[float, ...]
+    """How they will be changed, as in `photometric.UNCHANGED`."""
+
+
 class JointTransform:
     """Callable: PIL image and (H, W) mask to float32 (3, h, w) and int64 (h, w).
 
@@ -186,45 +219,51 @@ class JointTransform:
         Raises:
             ValueError: the mask is not as large as the image, or the image would become too large.
         """
-        if mask is not None and mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"the mask is {mask.shape[1]}x{mask.shape[0]} px and the image "
-                f"{image.width}x{image.height}; make both the same size"
-            )
+        if self.augmentation is not None:
+            cut = self.cut(image, mask)
+            pixels = torch.from_numpy(cut.pixels)[None]
+            sizes, colours = torch.tensor([cut.size]), torch.tensor([cut.colours])
+            changed = self.preprocessing.finish(pixels, sizes, colours)[0]
+            return changed, None if mask is None else _as_tensor(cut.mask)
+        _check_sizes(image, mask)
         image = image.convert("RGB")
-        if self.augmentation is None:
-            height, width = self.preprocessing.evaluation_size(image.height, image.width)
-            resized = self._resize(image, _Window(height, width, 0, 0, height, width))
-            return self._to_tensor(resized), _as_tensor(mask)
-        return self._change(image, mask, self.augmentation)
+        height, width = self.preprocessing.evaluation_size(image.height, image.width)
+        resized = self._resize(image, _Window(height, width, 0, 0, height, width))
+        return self._to_tensor(resized), None if mask is None else _as_tensor(mask)
 
-    def _change(
-        self,
-        image: Image.Image,
-        mask: NDArray[np.uint8] | None,
-        augmentation: SegmentationAugmentation,
-    ) -> tuple[Tensor, Tensor | None]:
-        factor = _uniform(augmentation.min_scale, augmentation.max_scale)
+    def cut(self, image: Image.Image, mask: NDArray[np.uint8] | None = None) -> Cut:
+        """Returns what is left of training's changes when colours and scale are left to `finish`.
+
+        Args:
+            image: of any mode.
+            mask: (H, W); None stands for one of `IGNORE` alone.
+
+        Raises:
+            ValueError: the mask is not as large as the image.
+        """
+        augmentation = self.augmentation
+        assert augmentation is not None
+        _check_sizes(image, mask)
+        image = image.convert("RGB")
+        factor = uniform(augmentation.min_scale, augmentation.max_scale)
         resized = self.preprocessing.resized(image.height, image.width, factor)
         for _ in range(_CROP_TRIES):
             window = _draw_window(resized, self.preprocessing.size)
-            cut = None if mask is None else _cut_mask(mask, window)
-            if cut is None or _largest_share(cut) <= augmentation.max_category_share:
+            labels = None if mask is None else _cut_mask(mask, window)
+            if labels is None or _largest_share(labels) <= augmentation.max_category_share:
                 break
         picture = self._resize(image, window)
-        labels = None if cut is None else tv_tensors.Mask(_as_tensor(cut))
-        if _uniform(0, 1) < augmentation.flip:
-            picture = v2.functional.horizontal_flip(picture)
-            labels = None if labels is None else v2.functional.horizontal_flip(labels)
-        if augmentation.photometric:
-            picture = _distort(picture)
-        height, width = self.preprocessing.size
-        missing = [0, 0, width - window.width, height - window.height]  # left, top, right, bottom
-        pixels: Tensor = v2.functional.pad(self._to_tensor(picture), missing, fill=0.0)
-        if labels is None:
-            return pixels, None
-        padded: Tensor = v2.functional.pad(labels, missing, fill=IGNORE)
-        return pixels, padded.as_subclass(Tensor)
+        if uniform(0, 1) < augmentation.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            labels = None if labels is None else labels[:, ::-1]
+        inside = slice(window.height), slice(window.width)
+        pixels = np.zeros((*self.preprocessing.size, 3), dtype=np.uint8)
+        pixels[inside] = np.asarray(picture)
+        padded = np.full(self.preprocessing.size, IGNORE, dtype=np.uint8)
+        if labels is not None:
+            padded[inside] = labels
+        colours = draw_colours() if augmentation.photometric else UNCHANGED
+        return Cut(pixels, padded, (window.height, window.width), colours)
 
     def _resize(self, image: Image.Image, window: "_Window") -> Image.Image:
         down, right = image.height / window.resized_height, image.width / window.resized_width
@@ -286,46 +325,13 @@ def _largest_share(mask: NDArray[np.uint8]) -> float:
     return float(counts.max() / total) if total else 1.0
 
 
-def _distort(image: Image.Image) -> Image.Image:
-    """Changes brightness, contrast, saturation and hue, each with probability 1/2.
-
-    torchvision's RandomPhotometricDistort would also exchange the channels, which the published
-    training does not.
-    """
-    contrast_first = _chance()
-    if _chance():
-        image = _map_values(image, 1.0, _uniform(-_MAX_BRIGHTNESS, _MAX_BRIGHTNESS))
-    if contrast_first and _chance():
-        image = _map_values(image, _uniform(*_CONTRAST), 0.0)
-    saturation = _uniform(*_SATURATION) if _chance() else 1.0
-    hue = _uniform(-_MAX_HUE, _MAX_HUE) if _chance() else 0.0
-    if saturation != 1 or hue != 0:
-        image = _map_colours(image, saturation, hue)
-    if not contrast_first and _chance():
-        image = _map_values(image, _uniform(*_CONTRAST), 0.0)
-    return image
+def _check_sizes(image: Image.Image, mask: NDArray[np.uint8] | None) -> None:
+    if mask is not None and mask.shape != (image.height, image.width):
+        raise ValueError(
+            f"the mask is {mask.shape[1]}x{mask.shape[0]} px and the image "
+            f"{image.width}x{image.height}; make both the same size"
+        )
 
 
-def _map_values(image: Image.Image, factor: float, shift: float) -> Image.Image:
-    levels = np.clip(np.arange(256) * factor + shift, 0, 255).round().astype(int)
-    return image.point(levels.tolist() * 3)
-
-
-def _map_colours(image: Image.Image, saturation: float, hue_degrees: float) -> Image.Image:
-    levels = np.arange(256)
-    hues = (levels + round(hue_degrees * 256 / 360)) % 256
-    saturations = np.clip(levels * saturation, 0, 255).round().astype(int)
-    tables = [*hues.tolist(), *saturations.tolist(), *levels.tolist()]
-    return image.convert("HSV").point(tables).convert("RGB")
-
-
-def _as_tensor(mask: NDArray[np.uint8] | None) -> Tensor | None:
-    return None if mask is None else torch.from_numpy(mask.astype(np.int64))
-
-
-def _uniform(low: float, high: float) -> float:
-    return float(torch.empty((), dtype=torch.float64).uniform_(low, high))
-
-
-def _chance() -> bool:
-    return _uniform(0, 1) < 0.5
+def _as_tensor(mask: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(mask.astype(np.int64))

@@ -1,18 +1,23 @@
 """Batches of pictures with masks, for one process or for one of several."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from visionmamba.data.image_files import UnreadableImageError
-from visionmamba.data.joint_transforms import JointTransform
+from visionmamba.data.joint_transforms import Cut, JointTransform, SegmentationPreprocessing
 from visionmamba.data.loading import (
     PADDING,
     OrderedBatches,
     Place,
     ShuffledBatches,
+    Unstacked,
     check_numbers,
     left_out_hint,
 )
@@ -32,8 +37,32 @@ class SegmentationBatch(NamedTuple):
     """(B,) int64: which pictures of the set these are; `PADDING` where there is none."""
 
 
-class SegmentationTrainBatches(ShuffledBatches[SegmentationBatch]):
+class SegmentationCuts(NamedTuple):
+    """A batch of training as bytes, a sixth of the size; `to` makes a `SegmentationBatch` of it."""
+
+    pixels: Tensor
+    """(B, H, W, 3) uint8."""
+    masks: Tensor
+    """(B, H, W) uint8, class indices and `IGNORE`."""
+    sizes: Tensor
+    """(B, 2) int64: height and width of the picture in each, at the top left."""
+    colours: Tensor
+    """(B, 5) float32: how its colours are to change."""
+    indices: Tensor
+    """(B,) int64: which pictures of the set these are."""
+    preprocessing: SegmentationPreprocessing
+
+    def to(self, device: torch.device | str, **_: Any) -> SegmentationBatch:
+        """Returns the batch on a device; training loops call this as they would for a tensor."""
+        pixels, masks = (one.to(device, non_blocking=True) for one in (self.pixels, self.masks))
+        images = self.preprocessing.finish(pixels, self.sizes, self.colours)
+        return SegmentationBatch(images, masks.long(), self.indices.to(device))
+
+
+class SegmentationTrainBatches(ShuffledBatches[SegmentationCuts]):
     """Shuffled batches of one epoch after another, resumable after any batch.
+
+    A batch is bytes until it is moved: `batch.to(device)` is the `SegmentationBatch`.
 
     Each pass yields what is left of an epoch and goes on to the next one. The last, incomplete step
     of an epoch is left out. Of the samples of a step every rank takes every num_ranks-th, so that
@@ -62,8 +91,8 @@ class SegmentationTrainBatches(ShuffledBatches[SegmentationBatch]):
         if transform.augmentation is None:
             raise ValueError("training needs pictures of one size; build() with an augmentation")
         super().__init__(
-            _MaskedExamples(images, transform),
-            SegmentationBatch,
+            _Cuts(images, transform),
+            Unstacked(partial(_make_cuts, transform.preprocessing)),
             batch_size=batch_size,
             seed=seed,
             num_workers=num_workers,
@@ -139,12 +168,15 @@ class _MaskedExamples:
     def __len__(self) -> int:
         return len(self._images)
 
-    def example(self, index: int) -> tuple[Tensor, Tensor]:
-        picture, numbers = self._images.image(index), self._images.mask(index)
-        check_decoded(picture, numbers, self._images.file(index) or f"picture {index}")
-        image, mask = self._transform(picture, numbers)
+    def example(self, index: int) -> tuple[Tensor, Any]:
+        image, mask = self._transform(*self._pair(index))
         assert mask is not None
         return image, mask
+
+    def _pair(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        picture, numbers = self._images.image(index), self._images.mask(index)
+        check_decoded(picture, numbers, self._images.file(index) or f"picture {index}")
+        return picture, numbers
 
     def padding(self, stand_in: int) -> tuple[Tensor, Tensor]:
         height, width = self._images.size(stand_in)
@@ -153,6 +185,30 @@ class _MaskedExamples:
 
     def order(self, generator: torch.Generator) -> Tensor:
         return self._images.order(generator)
+
+
+class _Cuts(_MaskedExamples):
+    """What training cuts out of them, as bytes."""
+
+    def example(self, index: int) -> tuple[Tensor, Any]:
+        cut = self._transform.cut(*self._pair(index))
+        return torch.from_numpy(cut.pixels), cut
+
+
+def _make_cuts(
+    preprocessing: SegmentationPreprocessing,
+    pixels: Sequence[Tensor],
+    cuts: Sequence[Cut],
+    indices: Tensor,
+) -> SegmentationCuts:
+    return SegmentationCuts(
+        pixels=torch.stack(list(pixels)),
+        masks=torch.from_numpy(np.stack([cut.mask for cut in cuts])),
+        sizes=torch.tensor([cut.size for cut in cuts]),
+        colours=torch.tensor([cut.colours for cut in cuts]),
+        indices=indices,
+        preprocessing=preprocessing,
+    )
 
 
 def _by_size(
