@@ -12,7 +12,7 @@ import torch
 from visionmamba.data import (
     PADDING,
     Augmentation,
-    Batch,
+    ChangedImages,
     Digits,
     EvalBatches,
     ImageFolder,
@@ -21,6 +21,7 @@ from visionmamba.data import (
     UnreadableImageError,
     derive_seed,
 )
+from visionmamba.data.loading import CHANGES
 
 pytestmark = pytest.mark.once
 
@@ -56,13 +57,14 @@ def batches(
 
 def pictures(loaders: list[TrainBatches], first: int, last: int) -> list[list[float]]:
     """All pixels of some batches of every rank, sorted."""
-    found = [batch for loader in loaders for batch in list(islice(loader, last))[first:]]
+    found = [batch.to("cpu") for loader in loaders for batch in list(islice(loader, last))[first:]]
     return sorted(torch.cat([batch.images for batch in found]).flatten(1).tolist())
 
 
-def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+def assert_equal(first: list[ChangedImages], second: list[ChangedImages]) -> None:
     assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
+    moved = ((one.to("cpu"), other.to("cpu")) for one, other in zip(first, second, strict=True))
+    for one, other in moved:
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
         assert torch.equal(one.indices, other.indices)
@@ -72,6 +74,32 @@ def test_epoch_holds_every_picture_at_most_once() -> None:
     indices = torch.cat([batch.indices for batch in batches()])
     assert len(indices) == 5 * 256
     assert len(indices.unique()) == len(indices)
+
+
+def test_batches_are_the_transformed_pictures() -> None:
+    loader = batches(batch_size=8, augmentation=replace(MOVES, horizontal_flip=True))
+    changed = next(iter(loader))
+    batch = changed.to("cpu")
+    assert (changed.pixels.dtype, batch.images.dtype) == (torch.uint8, torch.float32)
+    transform = PREPROCESSING.build(replace(MOVES, horizontal_flip=True))
+    for index, image, label in zip(batch.indices.tolist(), batch.images, batch.labels, strict=True):
+        torch.manual_seed(derive_seed(0, CHANGES, 0, index))
+        assert torch.equal(transform(DIGITS.train.image(index)), image)
+        assert DIGITS.train.labels[index] == label
+
+
+def test_part_of_the_pictures_is_erased_and_alone() -> None:
+    plain = next(iter(batches(batch_size=200))).to("cpu").images
+    loader = batches(batch_size=200, augmentation=replace(MOVES, erase_probability=0.5))
+    erased = next(iter(loader)).to("cpu").images
+    is_changed = (plain != erased).flatten(1).any(1)
+    assert 0.3 < is_changed.float().mean() < 0.6  # of 8x8 px, few rectangles are empty
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_pictures() -> None:
+    changed = next(iter(batches(batch_size=64)))
+    torch.testing.assert_close(changed.to("cuda").images.cpu(), changed.to("cpu").images)
 
 
 def test_same_seed_gives_same_batches() -> None:
@@ -87,8 +115,8 @@ def test_other_seed_or_epoch_gives_another_order() -> None:
 
 def test_changes_of_a_picture_differ_between_epochs() -> None:
     loader = batches()
-    first = {int(i): x for b in loader for i, x in zip(b.indices, b.images, strict=True)}
-    second = {int(i): x for b in loader for i, x in zip(b.indices, b.images, strict=True)}
+    first = {int(i): x for b in loader for i, x in zip(b.indices, b.pixels, strict=True)}
+    second = {int(i): x for b in loader for i, x in zip(b.indices, b.pixels, strict=True)}
     shared = next(iter(first.keys() & second.keys()))
     assert not torch.equal(first[shared], second[shared])
 
@@ -166,7 +194,7 @@ def test_repeated_augmentation_changes_a_picture_anew_each_time() -> None:
     assert len(loader) == 1437 // 256 * 256 // 255
     counts = first.indices.unique(return_counts=True)[1]
     assert counts.tolist() == [3] * 85
-    same = first.images[first.indices == first.indices[0]]
+    same = first.pixels[first.indices == first.indices[0]]
     assert not torch.equal(same[0], same[1])
     assert not torch.equal(same[1], same[2])
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from visionmamba.data import (
-    Batch,
+    ChangedImages,
     EvalBatches,
     ImageSplits,
     Preprocessing,
@@ -110,8 +110,8 @@ def test_class_names_come_from_a_file(shards: Path) -> None:
 
 
 def test_resumed_batches_equal_unbroken_ones_with_any_workers(shards: Path) -> None:
-    def pixels(batches: list[Batch]) -> list[float]:
-        return [value for batch in batches for value in batch.images.flatten().tolist()]
+    def pixels(batches: list[ChangedImages]) -> list[float]:
+        return [value for batch in batches for value in batch.pixels.flatten().tolist()]
 
     expected = list(train_batches(shards))
     resumed = train_batches(shards, num_workers=2)

@@ -134,14 +134,12 @@ def test_every_augmentation_follows_the_seeds(augmentation: Augmentation, channe
 
 
 def test_published_augmentation_equals_timms_transform() -> None:
-    augmentation = Augmentation(auto_augment="rand-m9-mstd0.5-inc1", erase_probability=0.25)
+    augmentation = Augmentation(auto_augment="rand-m9-mstd0.5-inc1")
     timms = create_transform(
         32,
         is_training=True,
         auto_augment="rand-m9-mstd0.5-inc1",
         interpolation="bicubic",
-        re_prob=0.25,
-        re_mode="pixel",
         hflip=0,
     )
     changes = Compose(timms.transforms[1:])  # torchvision and timm draw the same crop differently

@@ -66,7 +66,7 @@ def test_head_is_new_and_blocks_are_the_weights(own: Path, photos: Path) -> None
 def test_size_of_the_pictures_can_be_chosen(own: Path, photos: Path) -> None:
     recipe = small(finetune(photos, weights=own, image_size=48))
     experiment = recipe.build()
-    assert next(iter(experiment.train_batches)).images.shape == (8, 3, 48, 48)
+    assert next(iter(experiment.train_batches)).pixels.shape == (8, 48, 48, 3)
     assert experiment.task.model.position_embedding.weight.shape == (1, 37, 16)
 
 

@@ -56,7 +56,7 @@ def test_number_of_classes_comes_from_the_data(tmp_path: Path) -> None:
     recipe = replace(recipe, model=replace(recipe.model, d_model=16, depth=1))
     experiment = recipe.build()
     assert experiment.data_summary["class_names"] == ["a", "b", "c"]
-    images = next(iter(experiment.train_batches)).images
+    images = next(iter(experiment.train_batches)).to("cpu").images
     assert experiment.task.model(images).shape == (2, 3)
 
 

@@ -1,6 +1,6 @@
 """From files to batches: image sets, their preparation for a model, loaders that can be resumed."""
 
-from visionmamba.data.batches import Batch, EvalBatches, TrainBatches
+from visionmamba.data.batches import Batch, ChangedImages, EvalBatches, TrainBatches
 from visionmamba.data.box_batches import (
     DetectionBatch,
     DetectionEvalBatches,
@@ -96,6 +96,7 @@ __all__ = [
     "Batch",
     "BatchTooLargeError",
     "BoxTransform",
+    "ChangedImages",
     "Cityscapes",
     "ClassCounts",
     "Coco",

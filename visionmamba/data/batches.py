@@ -1,19 +1,23 @@
 """Batches of labelled images, for one process or for one of several."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from visionmamba.data.erasing import Rectangle
 from visionmamba.data.loading import (
     PADDING,
     OrderedBatches,
     Place,
     ShuffledBatches,
+    Unstacked,
     check_numbers,
 )
 from visionmamba.data.sets import ImageSet, OnUnreadable
-from visionmamba.data.transforms import ImageTransform
+from visionmamba.data.transforms import ImageTransform, Preprocessing
 
 
 class Batch(NamedTuple):
@@ -27,8 +31,31 @@ class Batch(NamedTuple):
     """(B,) int64: which pictures of the set these are; `PADDING` where there is none."""
 
 
-class TrainBatches(ShuffledBatches[Batch]):
+class ChangedImages(NamedTuple):
+    """A batch of training as bytes, a quarter of the size; `to` makes a `Batch` of it."""
+
+    pixels: Tensor
+    """(B, H, W, C) uint8."""
+    erased: Tensor
+    """(B, 4) int64: rectangles that will become noise."""
+    labels: Tensor
+    """(B,) int64."""
+    indices: Tensor
+    """(B,) int64: which pictures of the set these are."""
+    noise_seed: int
+    preprocessing: Preprocessing
+
+    def to(self, device: torch.device | str, **_: Any) -> Batch:
+        """Returns the batch on a device; training loops call this as they would for a tensor."""
+        pixels = self.pixels.to(device, non_blocking=True)
+        images = self.preprocessing.finish(pixels, self.erased, noise_seed=self.noise_seed)
+        return Batch(images, self.labels.to(device), self.indices.to(device))
+
+
+class TrainBatches(ShuffledBatches[ChangedImages]):
     """Shuffled batches of one epoch after another, resumable after any batch.
+
+    A batch is bytes until it is moved: `batch.to(device)` is the `Batch`.
 
     Each pass yields what is left of an epoch and goes on to the next one. The last, incomplete step
     of an epoch is left out. Of the samples of a step every rank takes every num_ranks-th, so that
@@ -54,8 +81,8 @@ class TrainBatches(ShuffledBatches[Batch]):
             ValueError: a number is out of range, or the set is smaller than one step.
         """
         super().__init__(
-            LabelledExamples(images, transform),
-            Batch,
+            _ChangedExamples(images, transform),
+            Unstacked(partial(_put_together, transform.preprocessing)),
             batch_size=batch_size,
             seed=seed,
             num_workers=num_workers,
@@ -113,7 +140,7 @@ class LabelledExamples:
     def __len__(self) -> int:
         return len(self._images)
 
-    def example(self, index: int) -> tuple[Tensor, Tensor]:
+    def example(self, index: int) -> tuple[Tensor, Any]:
         image = self._images.image(index)
         return self._transform(image), torch.tensor(self._images.labels[index])
 
@@ -124,3 +151,31 @@ class LabelledExamples:
 
     def order(self, generator: torch.Generator) -> Tensor:
         return self._images.order(generator)
+
+
+class _ChangedExamples(LabelledExamples):
+    """Changed pictures as bytes, each with its rectangle, a seed and its label."""
+
+    def example(self, index: int) -> tuple[Tensor, Any]:
+        changed = self._transform.change(self._images.image(index))
+        noise_seed = int(torch.randint(2**62, ()))
+        return torch.from_numpy(changed.pixels), (
+            changed.erased, noise_seed, self._images.labels[index],
+        )  # fmt: skip
+
+
+def _put_together(
+    preprocessing: Preprocessing,
+    pixels: Sequence[Tensor],
+    others: Sequence[tuple[Rectangle, int, int]],
+    indices: Tensor,
+) -> ChangedImages:
+    rectangles, noise_seeds, labels = zip(*others, strict=True)
+    return ChangedImages(
+        pixels=torch.stack(list(pixels)),
+        erased=torch.tensor(rectangles),
+        labels=torch.tensor(labels),
+        indices=indices,
+        noise_seed=noise_seeds[0],
+        preprocessing=preprocessing,
+    )

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from visionmamba.data.image_files import MAX_PIXELS, UnreadableImageError
 from visionmamba.data.masks import IGNORE
@@ -22,6 +21,7 @@ from visionmamba.data.transforms import (
     Interpolation,
     check_pixels,
     check_range,
+    normalized,
 )
 
 _CROP_TRIES = 10  # as in mmsegmentation, whose last try counts whatever it shows
@@ -127,15 +127,12 @@ class SegmentationPreprocessing:
         """
         device = pixels.device
         if device.type == "cpu" and len(pixels) > 1:  # one by one they stay in its caches
-            parts = (one.split(1) for one in (pixels, sizes, colours))
-            return torch.cat([self.finish(*part) for part in zip(*parts, strict=True)])
-        images = pixels.permute(0, 3, 1, 2).float().contiguous()
+            one_by_one = (slice(i, i + 1) for i in range(len(pixels)))
+            return torch.cat([self.finish(pixels[i], sizes[i], colours[i]) for i in one_by_one])
         if bool((colours != torch.tensor(UNCHANGED)).any()):
-            images = change_colours(images, colours.to(device))
-        mean, std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std)
-        )
-        images = images.div_(255).sub_(mean).div_(std)
+            images = pixels.permute(0, 3, 1, 2).float().contiguous()
+            pixels = change_colours(images, colours.to(device)).permute(0, 2, 3, 1)
+        images = normalized(pixels, mean=self.mean, std=self.std)
         heights, widths = sizes.to(device).view(-1, 2, 1, 1).unbind(1)
         rows, columns = (torch.arange(side, device=device) for side in images.shape[2:])
         is_outside = (rows[:, None] >= heights) | (columns >= widths)
@@ -279,11 +276,8 @@ class JointTransform:
         return image.resize(size, RESAMPLING[self.preprocessing.interpolation], box=box)
 
     def _to_tensor(self, image: Image.Image) -> Tensor:
-        pixels = v2.functional.pil_to_tensor(image)  # (3, h, w) uint8
-        scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
-        mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
-        normalized: Tensor = v2.functional.normalize(scaled, mean, std, inplace=True)
-        return normalized
+        pixels = torch.from_numpy(np.array(image))[None]
+        return normalized(pixels, mean=self.preprocessing.mean, std=self.preprocessing.std)[0]
 
 
 class _Window(NamedTuple):

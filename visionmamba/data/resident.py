@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from visionmamba.data.batches import Batch, EvalBatches, LabelledExamples
+from visionmamba.data.erasing import AREAS, ASPECTS, TRIES, erase
 from visionmamba.data.image_files import UnreadableImageError
 from visionmamba.data.loading import (
     CHANGES,
@@ -30,9 +31,8 @@ from visionmamba.data.sets import ImageSet
 from visionmamba.data.transforms import RESAMPLING, Augmentation, Preprocessing, centred_box
 
 _READ_AT_ONCE = 64
-_TRIES = 10  # of a crop and of a rectangle, as in torchvision and timm
+_TRIES = 10  # of a crop, as in torchvision
 _ASPECTS = (3 / 4, 4 / 3)  # of a crop, width over height
-_ERASED_AREAS, _ERASED_ASPECTS = (0.02, 1 / 3), (0.3, 1 / 0.3)  # as in timm
 _GRAY = (0.2989, 0.587, 0.114)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
@@ -296,7 +296,8 @@ class ResidentBatch:
         shape = (1, -1, 1, 1)
         mean = torch.tensor(self.preprocessing.mean, device=device).view(shape)
         std = torch.tensor(self.preprocessing.std, device=device).view(shape)
-        images = self._erased(images.sub_(mean).div_(std))
+        rectangles = torch.from_numpy(self.changes.erased)
+        images = erase(images.sub_(mean).div_(std), rectangles, noise_seed=self.noise_seed)
         return Batch(images, self.labels.to(device), self.indices.to(device))
 
     def _cut_out(self, device: torch.device) -> Tensor:
@@ -322,17 +323,6 @@ class ResidentBatch:
                 images = part if images is None else images.add_(part)
         assert images is not None
         return images.div_(255).permute(0, 3, 1, 2).contiguous()
-
-    def _erased(self, images: Tensor) -> Tensor:
-        if not self.changes.erased.any():
-            return images
-        erased = torch.from_numpy(self.changes.erased).to(images.device)
-        generator = torch.Generator(images.device).manual_seed(self.noise_seed % 2**63)
-        noise = torch.empty_like(images).normal_(generator=generator)
-        down = _is_inside(erased[:, 0], erased[:, 2], images.shape[2])
-        right = _is_inside(erased[:, 1], erased[:, 3], images.shape[3])
-        inside = (down[:, :, None] & right[:, None, :]).unsqueeze(1)
-        return torch.where(inside, noise, images)
 
 
 class _Decoded(Dataset[tuple[Tensor, list[tuple[int, int]], list[str]]]):
@@ -432,8 +422,8 @@ def _random_boxes(
 def _random_rectangles(size: tuple[int, int], drawn: _Uniforms) -> NDArray[np.int64]:
     """Returns (B, 4) rectangles of whole pixels, drawn as by timm's RandomErasing."""
     height, width = size
-    areas = height * width * _scaled(drawn(_TRIES), *_ERASED_AREAS)
-    aspects = np.exp(_scaled(drawn(_TRIES), *np.log(_ERASED_ASPECTS)))
+    areas = height * width * _scaled(drawn(TRIES), *AREAS)
+    aspects = np.exp(_scaled(drawn(TRIES), *np.log(ASPECTS)))
     heights, widths = np.round(np.sqrt(areas * aspects)), np.round(np.sqrt(areas / aspects))
     fits = (heights < height) & (widths < width)
     first, none = _first_true(fits)
@@ -467,11 +457,6 @@ def _between(starts: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tenso
     first = centres.floor()
     second = torch.minimum(first + 1, last[:, None])
     return torch.stack([first, second], dim=-1).long(), centres - first
-
-
-def _is_inside(starts: Tensor, lengths: Tensor, count: int) -> Tensor:
-    places = torch.arange(count, device=starts.device)
-    return (places >= starts[:, None]) & (places < (starts + lengths)[:, None])
 
 
 def _with_colours(images: Tensor, factors: Tensor) -> Tensor:

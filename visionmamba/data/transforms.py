@@ -4,12 +4,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+
+from visionmamba.data.erasing import NOTHING, Rectangle, draw_rectangle, erase
+from visionmamba.data.photometric import uniform
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 Channels = Literal["RGB", "L"]
@@ -129,6 +134,17 @@ class Preprocessing:
         """Returns the transform of evaluation, or of training when an augmentation is given."""
         return ImageTransform(preprocessing=self, augmentation=augmentation)
 
+    def finish(self, pixels: Tensor, erased: Tensor, *, noise_seed: int) -> Tensor:
+        """Returns a model's input (B, C, H, W), float32: normalised, then erased.
+
+        Args:
+            pixels: (B, H, W, C) uint8, on any device.
+            erased: (B, 4) int64 on the CPU, rectangles as in `Changed`.
+            noise_seed: what the noise in them follows from.
+        """
+        images = normalized(pixels, mean=self.mean, std=self.std)
+        return erase(images, erased, noise_seed=noise_seed)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for the header of a weights file."""
         return {
@@ -167,6 +183,15 @@ class Preprocessing:
             raise ValueError(f"preprocessing holds a value of the wrong type: {error}") from None
 
 
+class Changed(NamedTuple):
+    """A picture of training as bytes; `Preprocessing.finish` makes a model's input of several."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, C), cut out, mirrored, its colours changed."""
+    erased: Rectangle
+    """What will become noise."""
+
+
 class ImageTransform:
     """Callable: PIL image to float32 (C, H, W).
 
@@ -177,23 +202,37 @@ class ImageTransform:
         self.preprocessing = preprocessing
         self._crop = _random_crop(preprocessing, augmentation)
         self._changes = _random_changes(preprocessing, augmentation)
-        self._erase = _random_erasing(augmentation)
-        self.draws_beyond_torch = augmentation is not None and bool(
-            augmentation.auto_augment or augmentation.erase_probability
-        )
+        self._erase_probability = 0.0 if augmentation is None else augmentation.erase_probability
+        self.draws_beyond_torch = augmentation is not None and bool(augmentation.auto_augment)
         """Whether numpy's and Python's generators are drawn from too: timm's changes do."""
 
     def __call__(self, image: Image.Image) -> Tensor:
+        changed = self.change(image)
+        pixels, erased = torch.from_numpy(changed.pixels)[None], torch.tensor([changed.erased])
+        seed = int(torch.randint(2**62, ())) if changed.erased != NOTHING else 0
+        return self.preprocessing.finish(pixels, erased, noise_seed=seed)[0]
+
+    def change(self, image: Image.Image) -> Changed:
+        """Returns what is left to be done for a batch at once."""
         if image.mode != self.preprocessing.channels:
             image = image.convert(self.preprocessing.channels)
         image = self._crop(image) if self._crop else _centred_crop(image, self.preprocessing)
         for change in self._changes:
             image = change(image)
-        pixels = v2.functional.pil_to_tensor(image)  # (C, H, W) uint8
-        scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
-        mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
-        normalized: Tensor = v2.functional.normalize(scaled, mean, std, inplace=True)
-        return self._erase(normalized) if self._erase else normalized
+        erased = NOTHING
+        if self._erase_probability and uniform(0, 1) < self._erase_probability:
+            erased = draw_rectangle(self.preprocessing.size)
+        pixels = np.array(image)  # a copy, as torch wants memory that it may write to
+        return Changed(pixels.reshape(*pixels.shape[:2], -1), erased)
+
+
+def normalized(pixels: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Returns a model's input (B, C, H, W), float32, for pixels (B, H, W, C) in 0..255."""
+    images = pixels.permute(0, 3, 1, 2).float().contiguous()
+    shift, scale = (
+        torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std)
+    )
+    return images.div_(255).sub_(shift).div_(scale)
 
 
 def restore_image(image: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Image.Image:
@@ -265,17 +304,6 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Imag
         return Image.new(image.mode, image.size)
     posterized: Image.Image = posterize(image, bits_to_keep)  # type: ignore[no-untyped-call]
     return posterized
-
-
-def _random_erasing(augmentation: Augmentation | None) -> Callable[[Tensor], Tensor] | None:
-    if augmentation is None or not augmentation.erase_probability:
-        return None
-    from timm.data.random_erasing import RandomErasing
-
-    erase: Callable[[Tensor], Tensor] = RandomErasing(  # type: ignore[no-untyped-call]
-        augmentation.erase_probability, mode="pixel", device="cpu"
-    )
-    return erase
 
 
 def _centred_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
