@@ -5,9 +5,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from visionmamba.data import (
     PADDING,
@@ -19,7 +21,10 @@ from visionmamba.data import (
     DetectionTrainBatches,
     DrawnObjects,
     UnreadableImageError,
+    derive_seed,
 )
+from visionmamba.data.box_batches import DetectionCuts
+from visionmamba.data.loading import CHANGES
 
 pytestmark = pytest.mark.once
 
@@ -49,6 +54,14 @@ def train(**options: Any) -> DetectionTrainBatches:
     return DetectionTrainBatches(DRAWN.open("train"), transform, **options)
 
 
+def moved(batches: DetectionTrainBatches) -> list[DetectionBatch]:
+    return [batch.to("cpu") for batch in batches]
+
+
+def pieces(batch: DetectionCuts) -> list[Tensor]:
+    return [value for value in batch if isinstance(value, Tensor)]
+
+
 def assert_equal(first: list[DetectionBatch], second: list[DetectionBatch]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
@@ -61,30 +74,99 @@ def assert_equal(first: list[DetectionBatch], second: list[DetectionBatch]) -> N
 
 
 def test_training_batches_hold_cuts_of_one_size() -> None:
-    batch = next(iter(train()))
+    batch = next(iter(train())).to("cpu")
     assert torch.stack(list(batch.images)).shape == (4, 3, 32, 32)
     assert [target["masks"].shape[1:] for target in batch.targets] == [(32, 32)] * 4
     assert [target["image_id"] for target in batch.targets] == batch.indices.tolist()
 
 
-def test_workers_pass_on_few_pieces_of_memory() -> None:
-    batch = next(iter(train()))
+def test_batches_are_what_the_transform_makes_of_each_picture() -> None:
+    images, transform = DRAWN.open("train"), PREPROCESSING.build(DetectionAugmentation())
+    for batch in moved(train()):
+        expected = []
+        for index in batch.indices.tolist():
+            torch.manual_seed(derive_seed(0, CHANGES, 0, index))
+            expected.append(transform(images.image(index), images.objects(index)))
+        pictures, targets = zip(*expected, strict=True)
+        assert_equal([batch], [DetectionBatch(pictures, targets, batch.indices)])
+
+
+def test_training_passes_on_bytes_and_runs() -> None:
+    batch = next(iter(train(batch_size=12)))
+    assert batch.pixels.dtype == torch.uint8 and batch.runs is not None
+    size = sum(one.numel() * one.element_size() for one in pieces(batch) if one is not batch.runs)
+    assert size < 12 * (3 * 32 * 32 + 200)
+    assert batch.runs[1].sum() == batch.areas.sum()
+    assert len(pieces(batch)) == 7  # each costs a worker and this process an open file
+
+
+def test_pictures_without_objects_share_a_batch_with_others_or_have_their_own() -> None:
+    empty = [number for number, one in enumerate(DRAWN.open("train").found) if not len(one)]
+    assert len(empty) == 3
+    for batch in moved(train()):
+        for index, target in zip(batch.indices.tolist(), batch.targets, strict=True):
+            assert len(target["masks"]) == len(target["boxes"])
+            assert index not in empty or target["masks"].shape == (0, 32, 32)
+    alone = moved(train(batch_size=1))
+    assert sum(one.targets[0]["boxes"].shape == (0, 4) for one in alone) >= 3
+
+
+def test_sets_without_masks_give_boxes_alone() -> None:
+    drawn = DRAWN.open("train")
+    found = tuple(replace(one, masks=None) for one in drawn.found)
+    images = ArrayObjects(pixels=drawn.pixels, found=found, class_names=drawn.class_names)
+    transform = PREPROCESSING.build(DetectionAugmentation())
+    batch = next(iter(DetectionTrainBatches(images, transform, batch_size=12, seed=0)))
+    assert batch.runs is None
+    assert not any("masks" in target for target in batch.to("cpu").targets)
+
+
+def test_crowds_are_not_learned() -> None:
+    drawn = DRAWN.open("train")
+    found = tuple(replace(one, is_crowd=np.ones(len(one), dtype=np.bool_)) for one in drawn.found)
+    images = ArrayObjects(pixels=drawn.pixels, found=found, class_names=drawn.class_names)
+    transform = PREPROCESSING.build(DetectionAugmentation())
+    batch = next(iter(DetectionTrainBatches(images, transform, batch_size=12, seed=0)))
+    assert batch.num_objects == [0] * 12
+    assert all(target["masks"].shape == (0, 32, 32) for target in batch.to("cpu").targets)
+
+
+def test_workers_of_evaluation_pass_on_few_pieces_of_memory() -> None:
+    batch = next(iter(DetectionEvalBatches(DRAWN.open("val"), PREPROCESSING.build(), batch_size=4)))
     for name in ("boxes", "labels", "area", "iscrowd"):
         tensors = [target[name] for target in batch.targets]  # type: ignore[literal-required]
         assert len({one.untyped_storage().data_ptr() for one in tensors}) == 1
     assert len({image.untyped_storage().data_ptr() for image in batch.images}) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_gpu_makes_the_same_batches_of_pinned_memory(num_workers: int) -> None:
+    torch.cuda.init()  # batches are pinned for a GPU that is in use
+    for batch, expected in zip(train(num_workers=num_workers), moved(train()), strict=True):
+        assert all(one.is_pinned() for one in pieces(batch))
+        on_gpu = batch.to("cuda")
+        images = torch.stack(list(on_gpu.images))
+        assert images.is_cuda and on_gpu.targets[0]["masks"].is_cuda
+        torch.testing.assert_close(images.cpu(), torch.stack(list(expected.images)))
+        targets: Any = [
+            {key: one.cpu() if isinstance(one, Tensor) else one for key, one in target.items()}
+            for target in on_gpu.targets
+        ]
+        same = DetectionBatch(expected.images, targets, on_gpu.indices.cpu())
+        assert_equal([same], [expected])
+
+
 def test_number_of_workers_changes_nothing() -> None:
-    assert_equal(list(train()), list(train(num_workers=1)))
+    assert_equal(moved(train()), moved(train(num_workers=1)))
 
 
 def test_resuming_gives_the_rest() -> None:
     whole, begun, resumed = train(), train(), train()
-    expected = [*whole, *whole]
+    expected = [*moved(whole), *moved(whole)]
     list(islice(begun, 2))
     resumed.load_state_dict(begun.state_dict())
-    assert_equal([*resumed, *resumed], expected[2:])
+    assert_equal([*moved(resumed), *moved(resumed)], expected[2:])
 
 
 def test_ranks_share_each_step() -> None:

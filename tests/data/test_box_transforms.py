@@ -1,5 +1,6 @@
 """Boxes and masks follow their picture through resizing, cutting and mirroring."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,60 @@ def test_drawn_objects_keep_their_pixels(seed: int) -> None:
     sides = (slice(None), slice(None, None, -1))
     flips = [(row, column) for row in sides for column in sides]
     assert any(np.array_equal(masks, whole[:, row, column]) for row, column in flips)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_masks_are_the_nearest_pixels_of_what_is_cut_out(seed: int) -> None:
+    masks = np.random.default_rng(seed).random((6, 40, 60)) < [[[0.7]], [[0.01]], [[0.0]]] * 2
+    masks[3:, 20:] = False
+    counts = tuple(encode_mask(mask) for mask in masks)
+    image, objects = rectangles(*[(0, 0, 60, 40)] * 3)
+    several = {"labels": np.arange(1, 7), "is_crowd": np.zeros(6, dtype=np.bool_)}
+    objects = replace(objects, masks=counts, **several)
+    size = (70, 56)
+    change = transform(size, replace(JITTER, min_scale=0.2, max_scale=3))
+    torch.manual_seed(seed)
+    window = change._draw(image, change.augmentation or STILL)
+    torch.manual_seed(seed)
+    target = change(image, objects)[1]
+    shown = np.zeros((6, *size), dtype=np.uint8)
+    rows, columns = (
+        ((start + np.arange(num) + 0.5) * (whole / resized)).astype(int)
+        for start, num, whole, resized in zip(
+            window[1:3], window[3:5], (40, 60), window.resized, strict=True
+        )
+    )
+    seen = masks[:, rows[:: -1 if window.is_upside_down else 1]]
+    seen = seen[:, :, columns[:: -1 if window.is_mirrored else 1]]
+    shown[:, : window.height, : window.width] = seen
+    kept = shown.any(axis=(1, 2))
+    assert np.array_equal(target["masks"], shown[kept])
+    assert target["labels"].tolist() == (np.flatnonzero(kept) + 1).tolist()
+    assert target["boxes"].tolist() == [box_of(mask) for mask in target["masks"]]
+    assert target["area"].tolist() == shown[kept].sum(axis=(1, 2)).tolist()
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.5])
+def test_pixels_are_normalised_as_in_evaluation_and_then_padded(scale: float) -> None:
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    preprocessing = DetectionPreprocessing(image_size=(40, 60))
+    augmentation = DetectionAugmentation(min_scale=scale, max_scale=scale, horizontal_flip=0)
+    change = preprocessing.build(augmentation)
+    torch.manual_seed(0)
+    window = change._draw(image, augmentation)
+    shown = change._resized(image, window)
+    torch.manual_seed(0)
+    pixels, _ = change(image, rectangles()[1])
+    normalized = replace(preprocessing, image_size=shown.size[::-1]).build().pixels(shown)
+    expected = torch.zeros(3, 40, 60)
+    expected[:, : window.height, : window.width] = normalized
+    assert torch.equal(pixels, expected)
+
+
+def test_evaluation_cuts_nothing_out() -> None:
+    with pytest.raises(ValueError, match="build\\(\\) with an augmentation"):
+        DetectionPreprocessing().build().cut(*rectangles())
 
 
 def test_masks_beyond_memory_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as pycocotools_mask
 
+from visionmamba.data import object_masks
 from visionmamba.data.object_masks import (
     NoAreaError,
     SegmentTable,
+    column_runs,
     decode_mask,
     decode_part,
+    draw_runs,
     encode_mask,
     mask_area,
     mask_box,
@@ -98,6 +102,39 @@ def test_outlines_are_filled_as_pycocotools_fills_them() -> None:
         expected = pycocotools_mask.decode(pycocotools_mask.merge(parts))
         counts = segment_counts(read_segment(outlines, height, width), height, width)
         assert np.array_equal(decode_mask(counts, height, width), expected)
+
+
+def test_columns_of_several_masks_hold_their_pixels() -> None:
+    generator = np.random.default_rng(2)
+    for height, width in generator.integers(1, 9, (100, 2)):
+        masks = generator.random((4, height, width)) < [[[0.3]], [[0.0]], [[1.0]], [[0.8]]]
+        runs = column_runs([encode_mask(mask) for mask in masks], height, width)
+        filled = np.zeros((4, height, width), dtype=np.int64)
+        for number, column, top, bottom in zip(*runs, strict=True):
+            assert top < bottom
+            filled[number, top:bottom, column] += 1
+        assert np.array_equal(filled, masks)
+    assert [len(one) for one in column_runs([], 3, 4)] == [0] * 4
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 2**22])
+def test_runs_are_drawn_as_the_masks_they_come_from(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_masks, "_DRAWN_AT_ONCE", at_once)
+    masks = np.random.default_rng(3).random((5, 6, 9)) < 0.5
+    masks[1] = False
+    number, column, top, bottom = column_runs([encode_mask(mask) for mask in masks], 6, 9)
+    runs = torch.from_numpy(np.stack([(number * 6 + top) * 9 + column, bottom - top]))
+    drawn = draw_runs(runs, 5, (6, 9))
+    assert drawn.dtype == torch.uint8
+    assert np.array_equal(drawn, masks)
+
+
+def test_no_runs_draw_empty_masks() -> None:
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    assert draw_runs(none, 0, (6, 9)).shape == (0, 6, 9)
+    assert not draw_runs(none, 2, (6, 9)).any()
 
 
 def test_box_and_area_of_run_lengths_are_those_of_the_mask() -> None:

@@ -94,7 +94,7 @@ def test_any_folder_in_cocos_format_takes_the_place_of_the_nuclei(tmp_path: Path
     recipe = small_recipe(data=Coco(root=folder_in_coco_format(tmp_path / "own")))
     experiment = recipe.build()
     assert experiment.data_summary["class_names"] == ["disc", "square", "triangle"]
-    batch = next(iter(experiment.train_batches))
+    batch = next(iter(experiment.train_batches)).to("cpu")
     assert [image.shape for image in batch.images] == [(3, 32, 32)] * 4
 
 

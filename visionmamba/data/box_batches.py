@@ -1,12 +1,22 @@
 """Batches of pictures with objects, for one process or for one of several."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from visionmamba.data.box_transforms import BoxTransform, DetectionTarget
+from visionmamba.data.box_transforms import (
+    BoxTransform,
+    CutObjects,
+    DetectionPreprocessing,
+    DetectionTarget,
+    ObjectCut,
+    learned_target,
+)
 from visionmamba.data.coco import DetectionSet
 from visionmamba.data.loading import (
     PADDING,
@@ -16,6 +26,7 @@ from visionmamba.data.loading import (
     Unstacked,
     check_numbers,
 )
+from visionmamba.data.object_masks import draw_runs
 from visionmamba.data.sets import OnUnreadable
 
 _SMALL: tuple[Literal["boxes", "labels", "area", "iscrowd"], ...] = (
@@ -34,8 +45,58 @@ class DetectionBatch(NamedTuple):
     """(B,) int64: which pictures of the set these are; `PADDING` where there is none."""
 
 
-class DetectionTrainBatches(ShuffledBatches[DetectionBatch]):
+class DetectionCuts(NamedTuple):
+    """A batch of training as bytes and runs; `to` makes a `DetectionBatch` of it.
+
+    n is the number of objects of all pictures, one picture after another.
+    """
+
+    pixels: Tensor
+    """(B, H, W, 3) uint8."""
+    sizes: Tensor
+    """(B, 2) int64: height and width of the picture in each, at the top left."""
+    boxes: Tensor
+    """(n, 4) float32: left, top, right, bottom in pixels."""
+    labels: Tensor
+    """(n,) int64, from 1."""
+    areas: Tensor
+    """(n,) float32: pixels of each object."""
+    runs: Tensor | None
+    """(2, r) int64: the n masks as `draw_runs` takes them; None where the set has boxes only."""
+    indices: Tensor
+    """(B,) int64: which pictures of the set these are."""
+    num_objects: list[int]
+    """Of each picture."""
+    image_ids: tuple[int, ...]
+    """Numbers of the pictures, as their annotation file counts."""
+    preprocessing: DetectionPreprocessing
+
+    def to(self, device: torch.device | str, **_: Any) -> DetectionBatch:
+        """Returns the batch on a device; training loops call this as they would for a tensor."""
+        device, size = torch.device(device), (self.pixels.shape[1], self.pixels.shape[2])
+        pixels, boxes, labels, areas, indices = (
+            one.to(device, non_blocking=True)
+            for one in (self.pixels, self.boxes, self.labels, self.areas, self.indices)
+        )
+        objects = [torch.split(one, self.num_objects) for one in (boxes, labels, areas)]
+        masks: Sequence[Tensor | None] = [None] * len(self.image_ids)
+        if self.runs is not None:
+            drawn = draw_runs(self.runs, len(labels), size, device)
+            masks = torch.split(drawn, self.num_objects)
+        return DetectionBatch(
+            self.preprocessing.finish(pixels, self.sizes).unbind(),
+            [
+                learned_target(*own, image_id=image_id, size=size)
+                for *own, image_id in zip(*objects, masks, self.image_ids, strict=True)
+            ],
+            indices,
+        )
+
+
+class DetectionTrainBatches(ShuffledBatches[DetectionCuts]):
     """Shuffled batches of one epoch after another, resumable after any batch.
+
+    A batch is bytes and runs until it is moved: `batch.to(device)` is the `DetectionBatch`.
 
     Each pass yields what is left of an epoch and goes on to the next one. The last, incomplete step
     of an epoch is left out. Of the samples of a step every rank takes every num_ranks-th, so that
@@ -64,8 +125,8 @@ class DetectionTrainBatches(ShuffledBatches[DetectionBatch]):
         if transform.augmentation is None:
             raise ValueError("training needs pictures of one size; build() with an augmentation")
         super().__init__(
-            _ObjectExamples(images, transform),
-            Unstacked(_make_batch),
+            _Cuts(images, transform),
+            Unstacked(partial(_make_cuts, transform.preprocessing)),
             batch_size=batch_size,
             seed=seed,
             num_workers=num_workers,
@@ -126,6 +187,45 @@ def _make_batch(
     return DetectionBatch(images, joined, indices)
 
 
+def _make_cuts(
+    preprocessing: DetectionPreprocessing,
+    pixels: Sequence[Tensor],
+    cuts: Sequence[ObjectCut],
+    indices: Tensor,
+) -> DetectionCuts:
+    found = [cut.objects for cut in cuts]
+    num_objects = [len(one.labels) for one in found]
+    boxes, labels, areas = (
+        torch.from_numpy(np.concatenate(parts))
+        for parts in zip(*((one.boxes, one.labels, one.areas) for one in found), strict=True)
+    )
+    return DetectionCuts(
+        pixels=default_collate(list(pixels)),  # in a worker at once in memory that is shared
+        sizes=torch.tensor([cut.size for cut in cuts]),
+        boxes=boxes,
+        labels=labels,
+        areas=areas,
+        runs=_join_runs(found, num_objects, preprocessing.size),
+        indices=indices,
+        num_objects=num_objects,
+        image_ids=tuple(one.image_id for one in found),
+        preprocessing=preprocessing,
+    )
+
+
+def _join_runs(
+    found: Sequence[CutObjects], num_objects: Sequence[int], size: tuple[int, int]
+) -> Tensor | None:
+    """Returns the runs of the masks of all pictures as one."""
+    runs = [one.runs for one in found if one.runs is not None]
+    if not runs:
+        return None
+    firsts = (np.cumsum(num_objects) - num_objects) * (size[0] * size[1])
+    joined = torch.from_numpy(np.concatenate(runs, axis=1))
+    joined[0] += torch.from_numpy(np.repeat(firsts, [one.shape[1] for one in runs]))
+    return joined
+
+
 class _ObjectExamples:
     """Pictures and objects, transformed together."""
 
@@ -140,7 +240,7 @@ class _ObjectExamples:
     def __len__(self) -> int:
         return len(self._images)
 
-    def example(self, index: int) -> tuple[Tensor, DetectionTarget]:
+    def example(self, index: int) -> tuple[Tensor, Any]:
         return self._transform(self._images.image(index), self._images.objects(index))
 
     def padding(self, stand_in: int) -> tuple[Tensor, DetectionTarget]:
@@ -159,3 +259,11 @@ class _ObjectExamples:
 
     def order(self, generator: torch.Generator) -> Tensor:
         return self._images.order(generator)
+
+
+class _Cuts(_ObjectExamples):
+    """What training cuts out of them, as bytes and runs."""
+
+    def example(self, index: int) -> tuple[Tensor, Any]:
+        cut = self._transform.cut(self._images.image(index), self._images.objects(index))
+        return torch.from_numpy(cut.pixels), cut

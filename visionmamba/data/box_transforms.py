@@ -1,7 +1,7 @@
 """From a picture and its objects to the tensors a detector learns from and is judged on."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from visionmamba.data.coco import Objects, box_areas
 from visionmamba.data.image_files import UnreadableImageError
-from visionmamba.data.object_masks import Counts, decode_mask, mask_box
+from visionmamba.data.object_masks import Counts, column_runs, draw_runs
 from visionmamba.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -105,6 +105,25 @@ class DetectionPreprocessing:
         """Returns the transform of evaluation, or of training when an augmentation is given."""
         return BoxTransform(preprocessing=self, augmentation=augmentation)
 
+    def finish(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """Returns a model's input (B, 3, h, w), float32: normalised, 0 outside of the pictures.
+
+        Args:
+            pixels: (B, h, w, 3) uint8, on any device.
+            sizes: (B, 2) on any device: height and width of the picture in the top left corner.
+        """
+        device = pixels.device
+        mean, std = (
+            torch.tensor(values).view(-1, 1, 1).to(device, non_blocking=True)
+            for values in (self.mean, self.std)
+        )
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        images.mul_(1 / 255).sub_(mean).div_(std)
+        heights, widths = sizes.to(device, non_blocking=True).view(-1, 2, 1, 1).unbind(1)
+        rows, columns = (torch.arange(side, device=device) for side in images.shape[2:])
+        is_outside = (rows[:, None] >= heights) | (columns >= widths)
+        return images.masked_fill_(is_outside[:, None], 0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for the header of a weights file."""
         return {
@@ -139,6 +158,31 @@ class DetectionPreprocessing:
             raise ValueError(f"preprocessing holds a value of the wrong type: {error}") from None
 
 
+class CutObjects(NamedTuple):
+    """Objects as far as a cut shows them; crowds, and those of which nothing is left, are not."""
+
+    boxes: NDArray[np.float32]
+    """(n, 4): left, top, right, bottom in pixels of the cut."""
+    labels: NDArray[np.int64]
+    """(n,), from 1."""
+    areas: NDArray[np.float32]
+    """(n,): pixels of each object."""
+    runs: NDArray[np.int64] | None
+    """Their masks as `draw_runs` takes them; None where the set has boxes only."""
+    image_id: int
+    """Number of the picture, as its annotation file counts."""
+
+
+class ObjectCut(NamedTuple):
+    """What training cuts out of a picture, as bytes and runs."""
+
+    pixels: NDArray[np.uint8]
+    """(h, w, 3), 0 at the right and the bottom where the picture is smaller."""
+    size: tuple[int, int]
+    """Height and width without that."""
+    objects: CutObjects
+
+
 class BoxTransform:
     """Callable: PIL image and its objects to float32 (3, h, w) and `DetectionTarget`.
 
@@ -165,26 +209,47 @@ class BoxTransform:
         Raises:
             ValueError: the objects belong to a picture of another size.
         """
-        if (objects.height, objects.width) != (image.height, image.width):
-            raise ValueError(
-                f"the objects belong to a picture of {objects.width}x{objects.height} px and the "
-                f"image has {image.width}x{image.height}; give both of one picture"
-            )
-        image = image.convert("RGB")
         if self.augmentation is None:
-            return self.pixels(image), _own_target(objects)
+            _check_size(image, objects)
+            return self.pixels(_as_rgb(image)), _own_target(objects)
+        cut = self.cut(image, objects)
+        found, size = cut.objects, self.preprocessing.size
+        boxes, labels, areas = map(torch.from_numpy, (found.boxes, found.labels, found.areas))
+        masks = None
+        if found.runs is not None:
+            masks = draw_runs(torch.from_numpy(found.runs), len(labels), size)
+        pixels = torch.from_numpy(cut.pixels)[None]
+        return (
+            self.preprocessing.finish(pixels, torch.tensor([cut.size]))[0],
+            learned_target(boxes, labels, areas, masks, image_id=found.image_id, size=size),
+        )
+
+    def cut(self, image: Image.Image, objects: Objects) -> ObjectCut:
+        """Returns what `__call__` makes tensors of; for training alone.
+
+        Raises:
+            ValueError: the objects belong to a picture of another size, or the transform is one of
+                evaluation.
+        """
+        if self.augmentation is None:
+            raise ValueError("evaluation cuts nothing out; build() with an augmentation")
+        _check_size(image, objects)
         window = self._draw(image, self.augmentation)
-        pixels = self._pixels(image, window)
-        height, width = self.preprocessing.size
-        missing = [0, 0, width - window.width, height - window.height]  # left, top, right, bottom
-        padded: Tensor = v2.functional.pad(pixels, missing, fill=0.0)
-        return padded, _cut_target(objects, window, self.preprocessing.size)
+        size = self.preprocessing.size
+        resized = self._resized(_as_rgb(image), window)
+        pixels = np.zeros((*size, 3), dtype=np.uint8)
+        pixels[: window.height, : window.width] = np.asarray(resized)
+        return ObjectCut(pixels, (window.height, window.width), _cut_objects(objects, window, size))
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Returns a picture, "RGB", as evaluation gives it to the model."""
         resized = self.preprocessing.resized(image.height, image.width)
         window = _Window(resized, 0, 0, *resized, is_mirrored=False, is_upside_down=False)
-        return self._pixels(image, window)
+        pixels = v2.functional.pil_to_tensor(self._resized(image, window))  # (3, h, w) uint8
+        scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+        mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
+        normalized: Tensor = v2.functional.normalize(scaled, mean, std, inplace=True)
+        return normalized
 
     def _draw(self, image: Image.Image, augmentation: DetectionAugmentation) -> "_Window":
         scale = _uniform(augmentation.min_scale, augmentation.max_scale)
@@ -200,8 +265,8 @@ class BoxTransform:
             is_upside_down=_uniform(0, 1) < augmentation.vertical_flip,
         )
 
-    def _pixels(self, image: Image.Image, window: "_Window") -> Tensor:
-        """Returns (3, height, width) of the window, normalised."""
+    def _resized(self, image: Image.Image, window: "_Window") -> Image.Image:
+        """Returns what the window shows."""
         down, right = image.height / window.resized[0], image.width / window.resized[1]
         box = (
             window.left * right,
@@ -216,11 +281,30 @@ class BoxTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if window.is_upside_down:
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        pixels = v2.functional.pil_to_tensor(image)  # (3, h, w) uint8
-        scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
-        mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
-        normalized: Tensor = v2.functional.normalize(scaled, mean, std, inplace=True)
-        return normalized
+        return image
+
+
+def learned_target(
+    boxes: Tensor,
+    labels: Tensor,
+    areas: Tensor,
+    masks: Tensor | None,
+    *,
+    image_id: int,
+    size: tuple[int, int],
+) -> DetectionTarget:
+    """Returns what training learns of one cut of a size; every tensor on one device."""
+    target: DetectionTarget = {
+        "boxes": boxes,
+        "labels": labels,
+        "area": areas,
+        "iscrowd": torch.zeros_like(labels),
+        "image_id": image_id,
+        "size": size,
+    }
+    if masks is not None:
+        target["masks"] = masks
+    return target
 
 
 class _Window(NamedTuple):
@@ -236,58 +320,66 @@ class _Window(NamedTuple):
     is_upside_down: bool
 
 
+def _check_size(image: Image.Image, objects: Objects) -> None:
+    if (objects.height, objects.width) != (image.height, image.width):
+        raise ValueError(
+            f"the objects belong to a picture of {objects.width}x{objects.height} px and the "
+            f"image has {image.width}x{image.height}; give both of one picture"
+        )
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
 def _own_target(objects: Objects) -> DetectionTarget:
-    target = _target(objects, slice(None), objects.boxes, objects.areas)
+    target: DetectionTarget = {
+        "boxes": torch.from_numpy(objects.boxes.astype(np.float32)),
+        "labels": torch.from_numpy(objects.labels.astype(np.int64)),
+        "area": torch.from_numpy(objects.areas.astype(np.float32)),
+        "iscrowd": torch.from_numpy(objects.is_crowd.astype(np.int64)),
+        "image_id": objects.image_id,
+        "size": (objects.height, objects.width),
+    }
     if objects.masks is not None:
         target["run_lengths"] = objects.masks
     return target
 
 
-def _cut_target(objects: Objects, window: _Window, size: tuple[int, int]) -> DetectionTarget:
-    """Returns what the window leaves of the objects, padded to a size."""
+def _cut_objects(objects: Objects, window: _Window, size: tuple[int, int]) -> CutObjects:
+    """Returns what the window leaves of the objects; runs are those of masks of a size."""
     learnable = np.flatnonzero(~objects.is_crowd)
+    runs = None
     if objects.masks is None:
         boxes = _cut_boxes(objects, window)[learnable]
         is_left = np.minimum(*_sides(boxes)) >= _MIN_SIDE_PX
-        target = _target(objects, learnable[is_left], boxes[is_left], box_areas(boxes[is_left]))
-        target["size"] = size
-        return target
-    rows, columns = _sources(objects, window)
-    patches = [_cut_mask(objects.masks[index], objects, rows, columns) for index in learnable]
-    left = [(index, one) for index, one in zip(learnable, patches, strict=True) if one is not None]
-    if len(left) * size[0] * size[1] > _MAX_MASK_BYTES:
-        raise UnreadableImageError(
-            f"image {objects.image_id} shows {len(left)} objects, whose masks of {size[1]}x"
-            f"{size[0]} px are more than can be prepared at once; cut it into smaller pictures"
+        kept, boxes = learnable[is_left], boxes[is_left]
+        areas = box_areas(boxes)
+    else:
+        number, column, top, bottom = _cut_runs(
+            [objects.masks[index] for index in learnable], objects, window
         )
-    masks = np.zeros((len(left), *size), dtype=np.uint8)
-    boxes = np.zeros((len(left), 4))
-    for mask, box, (_, patch) in zip(masks, boxes, left, strict=True):
-        height, width = patch.pixels.shape
-        mask[patch.top : patch.top + height, patch.left : patch.left + width] = patch.pixels
-        box[:] = patch.left, patch.top, patch.left + width, patch.top + height
-    kept = np.array([index for index, _ in left], dtype=np.int64)
-    areas = np.array([patch.pixels.sum(dtype=np.float64) for _, patch in left])
-    target = _target(objects, kept, boxes, areas)
-    target["size"] = size
-    target["masks"] = torch.from_numpy(masks)
-    return target
-
-
-def _target(
-    objects: Objects,
-    kept: NDArray[np.int64] | slice,
-    boxes: NDArray[np.float64],
-    areas: NDArray[np.float64],
-) -> DetectionTarget:
-    return {
-        "boxes": torch.from_numpy(boxes.astype(np.float32)),
-        "labels": torch.from_numpy(objects.labels[kept].astype(np.int64)),
-        "area": torch.from_numpy(areas.astype(np.float32)),
-        "iscrowd": torch.from_numpy(objects.is_crowd[kept].astype(np.int64)),
-        "image_id": objects.image_id,
-        "size": (objects.height, objects.width),
-    }
+        firsts = np.flatnonzero(np.diff(number, prepend=-1))  # run of each object that is left
+        if len(firsts) * size[0] * size[1] > _MAX_MASK_BYTES:
+            raise UnreadableImageError(
+                f"image {objects.image_id} shows {len(firsts)} objects, whose masks of {size[1]}x"
+                f"{size[0]} px are more than can be prepared at once; cut it into smaller pictures"
+            )
+        kept = learnable[number[firsts]]
+        sides = np.minimum, np.minimum, np.maximum, np.maximum
+        ends = column, top, column + 1, bottom
+        edges = [side.reduceat(end, firsts) for side, end in zip(sides, ends, strict=True)]
+        boxes = np.stack(edges, axis=1)
+        areas = np.add.reduceat(bottom - top, firsts)
+        place = np.repeat(np.arange(len(firsts)), np.diff(firsts, append=len(number)))
+        runs = np.stack([(place * size[0] + top) * size[1] + column, bottom - top])
+    return CutObjects(
+        boxes=boxes.astype(np.float32),
+        labels=objects.labels[kept].astype(np.int64),
+        areas=areas.astype(np.float32),
+        runs=runs,
+        image_id=objects.image_id,
+    )
 
 
 def _cut_boxes(objects: Objects, window: _Window) -> NDArray[np.float64]:
@@ -307,43 +399,35 @@ def _sides(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.
     return boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
 
 
-def _sources(objects: Objects, window: _Window) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Returns which row and column of the picture each row and column of the window shows."""
+def _cut_runs(
+    masks: Sequence[Counts], objects: Objects, window: _Window
+) -> tuple[NDArray[np.int64], ...]:
+    """Returns which mask, column, top and bottom each run down a column of the window has."""
+    number, column, top, bottom = column_runs(masks, objects.height, objects.width)
+    # of each row of the picture, and of the one behind: the window's first row that shows it
+    first_rows, first_columns = _first_places(objects, window)
+    top, bottom = first_rows[top], first_rows[bottom]
+    left = first_columns[column]
+    nums = np.where(top < bottom, first_columns[column + 1] - left, 0)
+    run = np.repeat(np.arange(len(nums)), nums)
+    column = left[run] + np.arange(len(run)) - (np.cumsum(nums) - nums)[run]
+    number, top, bottom = number[run], top[run], bottom[run]
+    if window.is_mirrored:
+        column = window.width - 1 - column
+    if window.is_upside_down:
+        top, bottom = window.height - bottom, window.height - top
+    return number, column, top, bottom
+
+
+def _first_places(objects: Objects, window: _Window) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the window's first row and column that show each of the picture, or a later one."""
     down, right = objects.height / window.resized[0], objects.width / window.resized[1]
-    rows = ((np.arange(window.top, window.top + window.height) + 0.5) * down).astype(np.intp)
-    columns = ((np.arange(window.left, window.left + window.width) + 0.5) * right).astype(np.intp)
+    rows = ((np.arange(window.top, window.top + window.height) + 0.5) * down).astype(np.int64)
+    columns = ((np.arange(window.left, window.left + window.width) + 0.5) * right).astype(np.int64)
     return (
-        rows[::-1] if window.is_upside_down else rows,
-        columns[::-1] if window.is_mirrored else columns,
+        np.searchsorted(rows, np.arange(objects.height + 1)),
+        np.searchsorted(columns, np.arange(objects.width + 1)),
     )
-
-
-class _Patch(NamedTuple):
-    """What is seen of a mask, without empty rows and columns around it."""
-
-    pixels: NDArray[np.uint8]
-    top: int
-    left: int
-
-
-def _cut_mask(
-    counts: Counts, objects: Objects, rows: NDArray[np.intp], columns: NDArray[np.intp]
-) -> _Patch | None:
-    """Returns the pixels of a mask that the rows and columns show, None for none."""
-    box = mask_box(counts, objects.height)
-    if box is None:
-        return None
-    left, top, right, bottom = box
-    seen_rows = np.flatnonzero((rows >= top) & (rows < bottom))
-    seen_columns = np.flatnonzero((columns >= left) & (columns < right))
-    mask = decode_mask(counts, objects.height, objects.width)
-    pixels = mask[rows[seen_rows]][:, columns[seen_columns]]
-    is_row, is_column = pixels.any(axis=1), pixels.any(axis=0)
-    if not is_row.any():
-        return None
-    held_rows, held_columns = np.flatnonzero(is_row), np.flatnonzero(is_column)
-    pixels = pixels[held_rows[0] : held_rows[-1] + 1, held_columns[0] : held_columns[-1] + 1]
-    return _Patch(pixels, int(seen_rows[held_rows[0]]), int(seen_columns[held_columns[0]]))
 
 
 def _uniform(low: float, high: float) -> float:

@@ -284,7 +284,7 @@ class FileObjects:
                 f"{file} (image {listed.id}) is {image.width}x{image.height} px, its annotations "
                 f"say {listed.width}x{listed.height}; make both agree"
             )
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
     def objects(self, index: int) -> Objects:
         """Objects of picture `index`; ImportError when outlines need faster-coco-eval."""

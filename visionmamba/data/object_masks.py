@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Counts = NDArray[np.int64]
 """Lengths of the runs of 0 and 1 in turn, column after column; the first may be 0."""
@@ -16,6 +18,7 @@ Counts = NDArray[np.int64]
 _MAX_CHARACTERS = 6  # of one length in a compressed text: 30 bits
 _MAX_OUTLINE_PX = 10_000_000
 _MAX_LENGTH = 2**31
+_DRAWN_AT_ONCE = 2**22  # pixels of objects, each of which takes 24 bytes meanwhile
 
 
 class Segment(NamedTuple):
@@ -96,6 +99,60 @@ def decode_part(
     np.subtract.at(changes, (column - left, last), 1)
     part: NDArray[np.uint8] = np.cumsum(changes[:, :-1], axis=1, dtype=np.int8).T.view(np.uint8)
     return part
+
+
+def column_runs(masks: Sequence[Counts], height: int, width: int) -> tuple[NDArray[np.int64], ...]:
+    """Returns which mask, column, first row and row behind the last each run of 1 has, in order.
+
+    Args:
+        masks: run lengths of masks of a picture; a run round the foot of a column is one of each.
+        height: of the picture.
+        width: of the picture.
+    """
+    counts = np.concatenate([np.empty(0, dtype=np.int64), *masks])
+    nums = np.array([len(one) for one in masks], dtype=np.int64)
+    place = np.arange(len(counts)) - np.repeat(np.cumsum(nums) - nums, nums)
+    held = np.flatnonzero((place & 1) * counts)
+    stops = np.cumsum(counts)[held]  # in all masks as one line, as each fills the picture
+    starts = stops - counts[held]
+    line = starts // height
+    top, bottom = starts - line * height, stops - line * height
+    if (bottom > height).any():
+        nums = -(-bottom // height)
+        run = np.repeat(np.arange(len(nums)), nums)
+        passed = np.arange(len(run)) - (np.cumsum(nums) - nums)[run]
+        line = line[run] + passed
+        top = np.maximum(top[run] - passed * height, 0)
+        bottom = np.minimum(bottom[run] - passed * height, height)
+    number = line // width
+    return number, line - number * width, top, bottom
+
+
+def draw_runs(
+    runs: Tensor, num_masks: int, size: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
+    """Returns masks (num_masks, height, width) uint8 of 0 and 1, drawn on a device.
+
+    Args:
+        runs: (2, r) int64 on the CPU: where each of r runs down a column begins in the masks as one
+            line, row after row and mask after mask, and how many pixels it has.
+        num_masks: how many masks there are.
+        size: (height, width) of each.
+        device: None for the CPU.
+    """
+    height, width = size
+    masks = torch.zeros(num_masks * height * width, dtype=torch.uint8, device=device)
+    ends = runs[1].cumsum(0)  # here, so that nothing below waits for the device
+    total = int(ends[-1]) if len(ends) else 0
+    bounds = torch.tensor(range(_DRAWN_AT_ONCE, total, _DRAWN_AT_ONCE), dtype=torch.int64)
+    parts = torch.searchsorted(ends, bounds)
+    chunks = torch.tensor_split(runs.to(device, non_blocking=True), parts, dim=1)
+    nums = [int(own.sum()) for own in torch.tensor_split(runs[1], parts)]
+    for (starts, lengths), num in zip(chunks, nums, strict=True):
+        firsts = starts - (lengths.cumsum(0) - lengths) * width
+        pixels = torch.arange(num, device=device).mul_(width)
+        masks[pixels.add_(firsts.repeat_interleave(lengths, output_size=num))] = 1
+    return masks.view(num_masks, height, width)
 
 
 def merge_masks(masks: Sequence[Counts]) -> Counts:

@@ -209,8 +209,12 @@ class DetectionModel(nn.Module):
                     f"{'no' if targets is None else len(targets)} targets: give them, or call "
                     "model.eval() first"
                 )
+            crowds = [target["iscrowd"] for target in targets if "iscrowd" in target]
+            # asked once for all pictures: each question waits for the device
+            has_crowds = bool(crowds) and bool(torch.cat(crowds).any())
             objects = [
-                _single_objects(target, size) for target, size in zip(targets, sizes, strict=True)
+                _single_objects(target, size, has_crowds=has_crowds)
+                for target, size in zip(targets, sizes, strict=True)
             ]
             self._check_targets(objects, targets)
         batch = self._pad(images, sizes)
@@ -294,7 +298,9 @@ def _bare_backbone(config: DetectorConfig) -> Vim | WindowedDeiT:
     return backbone
 
 
-def _single_objects(target: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
+def _single_objects(
+    target: Mapping[str, Any], size: tuple[int, int], *, has_crowds: bool
+) -> dict[str, Tensor]:
     """Return boxes, labels and masks of a picture's objects without crowds."""
     missing = [name for name in ("boxes", "labels", "masks") if name not in target]
     if missing:
@@ -306,7 +312,7 @@ def _single_objects(target: Mapping[str, Any], size: tuple[int, int]) -> dict[st
                 f"{name} of {count} objects in a picture of {size[0]}x{size[1]} must be {shape}; "
                 f"got {tuple(target[name].shape)}"
             )
-    is_single = slice(None) if "iscrowd" not in target else target["iscrowd"] == 0
+    is_single = target["iscrowd"] == 0 if has_crowds and "iscrowd" in target else slice(None)
     return {
         "boxes": target["boxes"][is_single].float(),
         "labels": target["labels"][is_single].to(torch.int64),
