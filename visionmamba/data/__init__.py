@@ -3,6 +3,7 @@
 from visionmamba.data.batches import Batch, ChangedImages, EvalBatches, TrainBatches
 from visionmamba.data.box_batches import (
     DetectionBatch,
+    DetectionCuts,
     DetectionEvalBatches,
     DetectionTrainBatches,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "DataSource",
     "DetectionAugmentation",
     "DetectionBatch",
+    "DetectionCuts",
     "DetectionEvalBatches",
     "DetectionPreprocessing",
     "DetectionSet",
