@@ -37,10 +37,11 @@ def test_tiny_pictures_stay_whole() -> None:
 
 def test_noise_is_normal_follows_from_its_seed_and_stays_inside() -> None:
     images = torch.full((3, 2, 40, 50), 7.0)
-    rectangles = torch.tensor([(5, 10, 30, 20), NOTHING, (0, 0, 40, 1)])
-    erased = erase(images, rectangles, noise_seed=2)
-    assert torch.equal(erased, erase(images, rectangles, noise_seed=2))
-    assert not torch.equal(erased, erase(images, rectangles, noise_seed=3))
+    rectangles = [(5, 10, 30, 20), NOTHING, (0, 0, 40, 1)]
+    erased = erase(images.clone(), rectangles, (2, 3, 4))
+    assert not torch.equal(erased, erase(images.clone(), rectangles, (3, 3, 4)))
+    alone = erase(images[:1].clone(), rectangles[:1], (2,))  # in whatever batch
+    assert torch.equal(erased[:1], alone)
     inside = torch.zeros(3, 40, 50, dtype=torch.bool)
     inside[0, 5:35, 10:30] = inside[2, :, :1] = True
     inside = inside.unsqueeze(1).expand_as(erased)
@@ -48,3 +49,13 @@ def test_noise_is_normal_follows_from_its_seed_and_stays_inside() -> None:
     assert (erased[inside] != 7).all()
     assert abs(erased[inside].mean()) < 0.1
     assert abs(erased[inside].std() - 1) < 0.1
+
+
+@pytest.mark.gpu
+def test_noise_is_the_same_on_a_gpu():
+    images = torch.zeros(2, 3, 64, 48)
+    rectangles, seeds = [(0, 0, 60, 40), (3, 5, 20, 20)], (2**62 - 1, 7)
+    wanted = erase(images.clone(), rectangles, seeds)
+    torch.testing.assert_close(
+        erase(images.cuda(), rectangles, seeds).cpu(), wanted, rtol=1e-4, atol=1e-5
+    )

@@ -145,6 +145,7 @@ def test_results_carry_the_sets_own_numbers_of_classes(judged: DetectionEvaluati
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("usual_algorithms")
 def test_weights_are_judged_on_a_gpu_in_low_precision(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save(CONFIG.build(), path, class_names=NAMES, preprocessing=PREPROCESSING.to_dict())

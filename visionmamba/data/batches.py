@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from visionmamba.data.erasing import Rectangle
 from visionmamba.data.loading import (
@@ -17,7 +18,7 @@ from visionmamba.data.loading import (
     check_numbers,
 )
 from visionmamba.data.sets import ImageSet, OnUnreadable
-from visionmamba.data.transforms import ImageTransform, Preprocessing
+from visionmamba.data.transforms import Changed, ImageTransform, Preprocessing
 
 
 class Batch(NamedTuple):
@@ -36,20 +37,23 @@ class ChangedImages(NamedTuple):
 
     pixels: Tensor
     """(B, H, W, C) uint8."""
-    erased: Tensor
-    """(B, 4) int64: rectangles that will become noise."""
     labels: Tensor
     """(B,) int64."""
     indices: Tensor
     """(B,) int64: which pictures of the set these are."""
-    noise_seed: int
+    erased: tuple[Rectangle, ...]
+    """B rectangles that will become noise."""
+    noise_seeds: tuple[int, ...]
+    """B numbers that the noise follows from."""
     preprocessing: Preprocessing
 
     def to(self, device: torch.device | str, **_: Any) -> Batch:
         """Returns the batch on a device; training loops call this as they would for a tensor."""
-        pixels = self.pixels.to(device, non_blocking=True)
-        images = self.preprocessing.finish(pixels, self.erased, noise_seed=self.noise_seed)
-        return Batch(images, self.labels.to(device), self.indices.to(device))
+        pixels, labels, indices = (
+            one.to(device, non_blocking=True) for one in (self.pixels, self.labels, self.indices)
+        )
+        images = self.preprocessing.finish(pixels, self.erased, self.noise_seeds)
+        return Batch(images, labels, indices)
 
 
 class TrainBatches(ShuffledBatches[ChangedImages]):
@@ -154,28 +158,24 @@ class LabelledExamples:
 
 
 class _ChangedExamples(LabelledExamples):
-    """Changed pictures as bytes, each with its rectangle, a seed and its label."""
+    """Changed pictures as bytes, each with what else is known of it."""
 
     def example(self, index: int) -> tuple[Tensor, Any]:
         changed = self._transform.change(self._images.image(index))
-        noise_seed = int(torch.randint(2**62, ()))
-        return torch.from_numpy(changed.pixels), (
-            changed.erased, noise_seed, self._images.labels[index],
-        )  # fmt: skip
+        return torch.from_numpy(changed.pixels), (changed, self._images.labels[index])
 
 
 def _put_together(
     preprocessing: Preprocessing,
     pixels: Sequence[Tensor],
-    others: Sequence[tuple[Rectangle, int, int]],
+    others: Sequence[tuple[Changed, int]],
     indices: Tensor,
 ) -> ChangedImages:
-    rectangles, noise_seeds, labels = zip(*others, strict=True)
     return ChangedImages(
-        pixels=torch.stack(list(pixels)),
-        erased=torch.tensor(rectangles),
-        labels=torch.tensor(labels),
+        pixels=default_collate(list(pixels)),  # in a worker at once in memory that is shared
+        labels=torch.tensor([label for _, label in others]),
         indices=indices,
-        noise_seed=noise_seeds[0],
+        erased=tuple(changed.erased for changed, _ in others),
+        noise_seeds=tuple(changed.noise_seed for changed, _ in others),
         preprocessing=preprocessing,
     )

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from visionmamba.data.coco import Objects, box_areas
 from visionmamba.data.image_files import UnreadableImageError
 from visionmamba.data.object_masks import Counts, column_runs, draw_runs
+from visionmamba.data.photometric import uniform
 from visionmamba.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -22,6 +23,7 @@ from visionmamba.data.transforms import (
     Interpolation,
     check_pixels,
     check_range,
+    normalized,
 )
 
 _MAX_MASK_BYTES = 4 * 1024**3  # of what one prepared picture shows
@@ -112,17 +114,7 @@ class DetectionPreprocessing:
             pixels: (B, h, w, 3) uint8, on any device.
             sizes: (B, 2) on any device: height and width of the picture in the top left corner.
         """
-        device = pixels.device
-        mean, std = (
-            torch.tensor(values).view(-1, 1, 1).to(device, non_blocking=True)
-            for values in (self.mean, self.std)
-        )
-        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        images.mul_(1 / 255).sub_(mean).div_(std)
-        heights, widths = sizes.to(device, non_blocking=True).view(-1, 2, 1, 1).unbind(1)
-        rows, columns = (torch.arange(side, device=device) for side in images.shape[2:])
-        is_outside = (rows[:, None] >= heights) | (columns >= widths)
-        return images.masked_fill_(is_outside[:, None], 0.0)
+        return normalized(pixels, mean=self.mean, std=self.std, sizes=sizes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for the header of a weights file."""
@@ -252,7 +244,7 @@ class BoxTransform:
         return normalized
 
     def _draw(self, image: Image.Image, augmentation: DetectionAugmentation) -> "_Window":
-        scale = _uniform(augmentation.min_scale, augmentation.max_scale)
+        scale = uniform(augmentation.min_scale, augmentation.max_scale)
         resized = self.preprocessing.resized(image.height, image.width, scale)
         height, width = (min(pair) for pair in zip(resized, self.preprocessing.size, strict=True))
         return _Window(
@@ -261,8 +253,8 @@ class BoxTransform:
             left=int(torch.randint(resized[1] - width + 1, ())),
             height=height,
             width=width,
-            is_mirrored=_uniform(0, 1) < augmentation.horizontal_flip,
-            is_upside_down=_uniform(0, 1) < augmentation.vertical_flip,
+            is_mirrored=uniform(0, 1) < augmentation.horizontal_flip,
+            is_upside_down=uniform(0, 1) < augmentation.vertical_flip,
         )
 
     def _resized(self, image: Image.Image, window: "_Window") -> Image.Image:
@@ -428,7 +420,3 @@ def _first_places(objects: Objects, window: _Window) -> tuple[NDArray[np.int64],
         np.searchsorted(rows, np.arange(objects.height + 1)),
         np.searchsorted(columns, np.arange(objects.width + 1)),
     )
-
-
-def _uniform(low: float, high: float) -> float:
-    return float(torch.empty((), dtype=torch.float64).uniform_(low, high))

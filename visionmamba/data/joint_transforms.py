@@ -125,18 +125,15 @@ class SegmentationPreprocessing:
             sizes: (B, 2) on the CPU: height and width of the picture in the top left corner.
             colours: (B, 5) on the CPU: changes, as in `photometric.UNCHANGED`.
         """
-        device = pixels.device
-        if device.type == "cpu" and len(pixels) > 1:  # one by one they stay in its caches
+        if pixels.device.type == "cpu" and len(pixels) > 1:  # one by one they stay in its caches
             one_by_one = (slice(i, i + 1) for i in range(len(pixels)))
             return torch.cat([self.finish(pixels[i], sizes[i], colours[i]) for i in one_by_one])
         if bool((colours != torch.tensor(UNCHANGED)).any()):
             images = pixels.permute(0, 3, 1, 2).float().contiguous()
-            pixels = change_colours(images, colours.to(device)).permute(0, 2, 3, 1)
-        images = normalized(pixels, mean=self.mean, std=self.std)
-        heights, widths = sizes.to(device).view(-1, 2, 1, 1).unbind(1)
-        rows, columns = (torch.arange(side, device=device) for side in images.shape[2:])
-        is_outside = (rows[:, None] >= heights) | (columns >= widths)
-        return images.masked_fill_(is_outside[:, None], 0.0)
+            pixels = change_colours(images, colours.to(pixels.device, non_blocking=True)).permute(
+                0, 2, 3, 1
+            )
+        return normalized(pixels, mean=self.mean, std=self.std, sizes=sizes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for the header of a weights file."""
@@ -229,17 +226,18 @@ class JointTransform:
         return self._to_tensor(resized), None if mask is None else _as_tensor(mask)
 
     def cut(self, image: Image.Image, mask: NDArray[np.uint8] | None = None) -> Cut:
-        """Returns what is left of training's changes when colours and scale are left to `finish`.
+        """Returns the picture resized, cut out and mirrored, as bytes; `finish` does the rest.
 
         Args:
             image: of any mode.
             mask: (H, W); None stands for one of `IGNORE` alone.
 
         Raises:
-            ValueError: the mask is not as large as the image.
+            ValueError: the mask is not as large as the image, or this is a transform of evaluation.
         """
         augmentation = self.augmentation
-        assert augmentation is not None
+        if augmentation is None:
+            raise ValueError("evaluation cuts nothing out; build() with an augmentation")
         _check_sizes(image, mask)
         image = image.convert("RGB")
         factor = uniform(augmentation.min_scale, augmentation.max_scale)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from visionmamba.data.image_files import UnreadableImageError
 from visionmamba.data.joint_transforms import Cut, JointTransform, SegmentationPreprocessing
@@ -54,9 +55,11 @@ class SegmentationCuts(NamedTuple):
 
     def to(self, device: torch.device | str, **_: Any) -> SegmentationBatch:
         """Returns the batch on a device; training loops call this as they would for a tensor."""
-        pixels, masks = (one.to(device, non_blocking=True) for one in (self.pixels, self.masks))
+        pixels, masks, indices = (
+            one.to(device, non_blocking=True) for one in (self.pixels, self.masks, self.indices)
+        )
         images = self.preprocessing.finish(pixels, self.sizes, self.colours)
-        return SegmentationBatch(images, masks.long(), self.indices.to(device))
+        return SegmentationBatch(images, masks.long(), indices)
 
 
 class SegmentationTrainBatches(ShuffledBatches[SegmentationCuts]):
@@ -202,7 +205,7 @@ def _make_cuts(
     indices: Tensor,
 ) -> SegmentationCuts:
     return SegmentationCuts(
-        pixels=torch.stack(list(pixels)),
+        pixels=default_collate(list(pixels)),  # in a worker at once in memory that is shared
         masks=torch.from_numpy(np.stack([cut.mask for cut in cuts])),
         sizes=torch.tensor([cut.size for cut in cuts]),
         colours=torch.tensor([cut.colours for cut in cuts]),

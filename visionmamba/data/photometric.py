@@ -55,10 +55,8 @@ def _turn_hues(images: Tensor, saturation: Tensor, sixths: Tensor) -> Tensor:
     """Returns the pictures with another saturation and the hues turned, in the cone of HSV."""
     value, brightest = images.max(1, keepdim=True)
     chroma = value - images.min(1, keepdim=True).values
-    ahead, behind = (
-        images.roll(-1, 1),
-        images.roll(1, 1),
-    )  # of each channel: the next, the one before
+    # of each channel the next and the one before
+    ahead, behind = images.roll(-1, 1), images.roll(1, 1)
     hues = (ahead - behind) / chroma.clamp(min=1e-6)  # gray has no hue, and no chroma to show it
     hue = hues.gather(1, brightest) + 2 * brightest + sixths
     chroma = torch.minimum(chroma * saturation, value)

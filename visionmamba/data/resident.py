@@ -41,8 +41,8 @@ class ResidentTrainBatches(ShuffledPlaces["ResidentBatch"]):
     """Batches of the same pictures in the same order as `TrainBatches`, changed on the device.
 
     A batch is numbers alone until it is moved: `batch.to(device)` is the `Batch`. Crops, mirroring,
-    colours and rectangles are pure functions of (seed, epoch, picture), the same on every device;
-    the noise in the rectangles is each device's own. Changes are those of torchvision and timm but
+    colours, rectangles and the noise in them are pure functions of (seed, epoch, picture), the same
+    on every device. Changes are those of torchvision and timm but
     for the resize, which is bilinear without a filter: pictures much larger than the model's input
     are made smaller with one when they are read.
     """
@@ -104,11 +104,9 @@ class ResidentTrainBatches(ShuffledPlaces["ResidentBatch"]):
         labels = np.asarray(self._images.labels)
         for batch in places:
             pictures = store.stand_ins[[place.sample for place in batch]]
+            seeds = _seeds(batch, derive_seed(self._seed, CHANGES))
             changes = Changes.draw(
-                store.sizes[pictures],
-                _seeds(batch, derive_seed(self._seed, CHANGES)),
-                self._preprocessing,
-                self._augmentation,
+                store.sizes[pictures], seeds, self._preprocessing, self._augmentation
             )
             yield Prepared(
                 ResidentBatch(
@@ -117,7 +115,7 @@ class ResidentTrainBatches(ShuffledPlaces["ResidentBatch"]):
                     changes=changes,
                     labels=torch.from_numpy(labels[pictures]),
                     indices=torch.from_numpy(pictures),
-                    noise_seed=derive_seed(self._seed, CHANGES, *batch[0]),
+                    noise_seeds=(_mixed(seeds) >> np.uint64(2)).tolist(),
                 ),
                 store.unreadable,
             )
@@ -286,7 +284,8 @@ class ResidentBatch:
     """(B,) int64."""
     indices: Tensor
     """(B,) int64."""
-    noise_seed: int
+    noise_seeds: Sequence[int]
+    """B numbers that the noise in the rectangles follows from."""
 
     def to(self, device: torch.device | str, **_: Any) -> Batch:
         """Returns the batch on a device; training loops call this as they would for a tensor."""
@@ -296,8 +295,7 @@ class ResidentBatch:
         shape = (1, -1, 1, 1)
         mean = torch.tensor(self.preprocessing.mean, device=device).view(shape)
         std = torch.tensor(self.preprocessing.std, device=device).view(shape)
-        rectangles = torch.from_numpy(self.changes.erased)
-        images = erase(images.sub_(mean).div_(std), rectangles, noise_seed=self.noise_seed)
+        images = erase(images.sub_(mean).div_(std), self.changes.erased.tolist(), self.noise_seeds)
         return Batch(images, self.labels.to(device), self.indices.to(device))
 
     def _cut_out(self, device: torch.device) -> Tensor:

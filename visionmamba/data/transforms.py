@@ -134,16 +134,17 @@ class Preprocessing:
         """Returns the transform of evaluation, or of training when an augmentation is given."""
         return ImageTransform(preprocessing=self, augmentation=augmentation)
 
-    def finish(self, pixels: Tensor, erased: Tensor, *, noise_seed: int) -> Tensor:
+    def finish(
+        self, pixels: Tensor, erased: Sequence[Rectangle], noise_seeds: Sequence[int]
+    ) -> Tensor:
         """Returns a model's input (B, C, H, W), float32: normalised, then erased.
 
         Args:
             pixels: (B, H, W, C) uint8, on any device.
-            erased: (B, 4) int64 on the CPU, rectangles as in `Changed`.
-            noise_seed: what the noise in them follows from.
+            erased, noise_seeds: B of each, as in `Changed`.
         """
         images = normalized(pixels, mean=self.mean, std=self.std)
-        return erase(images, erased, noise_seed=noise_seed)
+        return erase(images, erased, noise_seeds)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for the header of a weights file."""
@@ -190,6 +191,8 @@ class Changed(NamedTuple):
     """(H, W, C), cut out, mirrored, its colours changed."""
     erased: Rectangle
     """What will become noise."""
+    noise_seed: int
+    """What that follows from."""
 
 
 class ImageTransform:
@@ -208,31 +211,51 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         changed = self.change(image)
-        pixels, erased = torch.from_numpy(changed.pixels)[None], torch.tensor([changed.erased])
-        seed = int(torch.randint(2**62, ())) if changed.erased != NOTHING else 0
-        return self.preprocessing.finish(pixels, erased, noise_seed=seed)[0]
+        pixels = torch.from_numpy(changed.pixels)[None]
+        return self.preprocessing.finish(pixels, [changed.erased], [changed.noise_seed])[0]
 
     def change(self, image: Image.Image) -> Changed:
-        """Returns what is left to be done for a batch at once."""
+        """Returns the picture cut out and changed, as bytes; `finish` normalises and erases."""
         if image.mode != self.preprocessing.channels:
             image = image.convert(self.preprocessing.channels)
         image = self._crop(image) if self._crop else _centred_crop(image, self.preprocessing)
         for change in self._changes:
             image = change(image)
-        erased = NOTHING
+        erased, noise_seed = NOTHING, 0
         if self._erase_probability and uniform(0, 1) < self._erase_probability:
             erased = draw_rectangle(self.preprocessing.size)
+            noise_seed = int(torch.randint(2**62, ()))
         pixels = np.array(image)  # a copy, as torch wants memory that it may write to
-        return Changed(pixels.reshape(*pixels.shape[:2], -1), erased)
+        return Changed(pixels.reshape(*pixels.shape[:2], -1), erased, noise_seed)
 
 
-def normalized(pixels: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Returns a model's input (B, C, H, W), float32, for pixels (B, H, W, C) in 0..255."""
-    images = pixels.permute(0, 3, 1, 2).float().contiguous()
+def normalized(
+    pixels: Tensor,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """Returns a model's input (B, C, H, W), float32, for pixels (B, H, W, C) in 0..255.
+
+    Args:
+        pixels: uint8, or float32 that may be written to, on any device.
+        mean, std: one a channel, of pixels in 0..1.
+        sizes: (B, 2) on any device: height and width of the picture in the top left corner, outside
+            of which the input is 0; None where pictures fill theirs.
+    """
+    device = pixels.device
     shift, scale = (
-        torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std)
+        torch.tensor(values).view(-1, 1, 1).to(device, non_blocking=True) for values in (mean, std)
     )
-    return images.div_(255).sub_(shift).div_(scale)
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    images = images.mul_(1 / 255).sub_(shift).div_(scale)
+    if sizes is None:
+        return images
+    heights, widths = sizes.to(device, non_blocking=True).view(-1, 2, 1, 1).unbind(1)
+    rows, columns = (torch.arange(side, device=device) for side in images.shape[2:])
+    is_outside = (rows[:, None] >= heights) | (columns >= widths)
+    return images.masked_fill_(is_outside[:, None], 0.0)
 
 
 def restore_image(image: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Image.Image:

@@ -64,7 +64,7 @@ class BackboneComparison(StudySettings):
     learn first; None compares them from drawn weights alone."""
     pretraining_minutes: float = 3.0
     """Minutes of classification; as many epochs as each backbone can do in them beside the other,
-    by the time of one."""
+    by the time of one, which trials of seven epochs find out. A start comes on top."""
     pretraining_epochs: int | None = None
     """Epochs of classification for both, instead of minutes."""
     pretraining_image_size: int = 160

@@ -45,8 +45,8 @@ class Job:
     """"auto", "cpu", "cuda" or "cuda:N"."""
     num_workers: int = 0
     """Processes that prepare pictures beside the one that trains."""
-    cuda_graphs: bool = False
-    """Whether forward and backward are replayed from CUDA graphs."""
+    cuda_graphs: bool | None = None
+    """Whether forward and backward are replayed from CUDA graphs; None leaves it to `fit`."""
 
 
 @dataclass(frozen=True, kw_only=True)

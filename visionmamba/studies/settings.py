@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import tyro
+
 from visionmamba.bench.machine import command_of
 from visionmamba.data import Coco, MaskFolder, MaskSplit
 from visionmamba.models import VimConfig
@@ -78,9 +80,9 @@ class StudySettings:
     num_workers: int | None = None
     """Processes that prepare pictures beside each training; by default the machine's cores divided
     by the jobs on a GPU, none on the CPU."""
-    cuda_graphs: bool = False
-    """Replay forward and backward from CUDA graphs, which spares the host; GPU only, and not for
-    detection."""
+    cuda_graphs: tyro.conf.DisallowNone[bool | None] = None  # not on the command line, that is
+    """Replay forward and backward from CUDA graphs, which spares the host. Without either: on an
+    NVIDIA GPU, but not for detection."""
     out: Path = Path("runs/study")
     """Folder of all runs and of the results; the same command goes on with what it finds there."""
 

@@ -72,8 +72,8 @@ class RunOptions:
     """"auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N"."""
     num_workers: int = 0
     """Processes that prepare pictures beside each training."""
-    cuda_graphs: bool = False
-    """Replay forward and backward from CUDA graphs, where the model can be recorded."""
+    cuda_graphs: bool | None = None
+    """Replay forward and backward from CUDA graphs; None does where `fit` does."""
 
     def __post_init__(self) -> None:
         if self.jobs < 1:

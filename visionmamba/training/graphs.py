@@ -227,6 +227,7 @@ def _record(
 
     buffers = list(model.buffers())
     former = [one.clone() for one in buffers]
+    random_state = torch.cuda.get_rng_state()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -241,6 +242,7 @@ def _record(
         torch.cuda.current_stream().wait_stream(stream)
         for one, value in zip(buffers, former, strict=True):
             one.copy_(value)  # batch norms have counted what nobody trains on
+        torch.cuda.set_rng_state(random_state)  # and drop path has drawn for it
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # a recording takes its memory anew
     pool = torch.cuda.graph_pool_handle()
