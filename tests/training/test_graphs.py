@@ -53,6 +53,18 @@ def test_losses_follow_those_without(accumulate: int) -> None:
 
 
 @on_gpu
+def test_recording_leaves_the_random_numbers_of_drop_path() -> None:
+    torch.manual_seed(0)
+    model = replace(CONFIG, drop_path=0.5).build().cuda().train()
+    images = torch.randn(8, 3, 32, 32, device="cuda")
+    torch.cuda.manual_seed(1)
+    expected = model(images)
+    graph_forward(model, copies_gradients=False)
+    torch.cuda.manual_seed(1)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@on_gpu
 def test_other_shapes_evaluation_and_the_time_after_run_as_before() -> None:
     model = build()
     undo = graph_forward(model, copies_gradients=False)
