@@ -1,8 +1,11 @@
 """Order and random changes depend on seed, epoch and picture alone."""
 
+import os
 import random
+import signal
 from dataclasses import replace
 from itertools import islice
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +130,34 @@ def test_number_of_workers_changes_nothing() -> None:
         batches(num_workers=2, augmentation=EVERYTHING),
     )
     assert_equal(list(alone), list(helped))
+
+
+def test_kept_workers_give_the_same_and_end_with_the_body() -> None:
+    alone, helped = batches(), batches(num_workers=2)
+    with helped.workers_kept():
+        passes = [list(helped)]
+        workers = {process.pid for process in active_children()}
+        next(iter(helped))  # a pass that is broken off
+        helped.set_epoch(0)
+        helped.set_epoch(1)
+        passes.append(list(helped))
+        assert {process.pid for process in active_children()} == workers
+    for expected, actual in zip((list(alone), list(alone)), passes, strict=True):
+        assert_equal(expected, actual)
+    assert not workers & {process.pid for process in active_children()}
+
+
+def test_kept_workers_outlive_a_signal_to_all_processes() -> None:
+    helped = batches(num_workers=2)
+    with helped.workers_kept():
+        iterator = iter(helped)
+        first = next(iterator)
+        workers = [process.pid for process in active_children() if process.pid is not None]
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker, signal.SIGTERM)
+            os.kill(worker, signal.SIGINT)
+        assert_equal(list(batches()), [first, *iterator])
 
 
 def test_global_random_state_neither_matters_nor_moves() -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ class _WatchedBatches:
 
     def set_epoch(self, epoch: int) -> None:
         self._batches.set_epoch(epoch)
+
+    def workers_kept(self) -> AbstractContextManager[None]:
+        kept: AbstractContextManager[None] = self._batches.workers_kept()
+        return kept
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:

@@ -1,12 +1,14 @@
 """One run from beginning to end: what it leaves, what it refuses, how it stops."""
 
 import json
+import os
 import shutil
 import signal
 import threading
 import time
 import warnings
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +157,16 @@ class _Stop:
     def _send(self) -> None:
         while not self._path.exists():
             time.sleep(0.001)
+        for process in active_children():
+            os.kill(process.pid or 0, self._number)
         signal.raise_signal(self._number)
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
-    finished: FitResult, tmp_path: Path, number: signal.Signals
+    finished: FitResult, tmp_path: Path, number: signal.Signals, num_workers: int
 ) -> None:
     out = tmp_path / "run"
     handler = signal.getsignal(number)
@@ -171,8 +176,9 @@ def test_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
             KeyboardInterrupt, match=r"stopped; the same command goes on from step \d+ of"
         ),
     ):
-        train(small_recipe(), out, checkpoint_every_steps=1)
+        train(small_recipe(), out, checkpoint_every_steps=1, num_workers=num_workers)
     assert signal.getsignal(number) == handler
+    assert not active_children()
     assert not (out / "results.json").exists()
     train(small_recipe(), out)
     for name in ("last.safetensors", "best.safetensors", "metrics.csv"):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
@@ -32,6 +33,9 @@ class SlowBatches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch = state["epoch"]
+
+    def workers_kept(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def test_waiting_is_told_from_working() -> None:

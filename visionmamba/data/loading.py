@@ -5,16 +5,19 @@ number of workers, nor the number of processes, nor an interruption shows in the
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from visionmamba.data.image_files import UnreadableImageError
 from visionmamba.data.sets import OnUnreadable
@@ -38,6 +41,7 @@ class Unstacked(Generic[BatchType]):
 _ORDER, CHANGES = 0, 1  # purposes, so that the seeds of order and changes never meet
 _REPEATED_MULTIPLE = 256  # an epoch of repeated augmentation is a multiple of this, as published
 _MAX_REPLACEMENTS = 100
+_GRACE_SECONDS = 20  # what a signalled worker leaves the training for its checkpoint
 
 
 class Examples(Protocol):
@@ -198,6 +202,10 @@ class ShuffledPlaces(Generic[BatchType]):
         """Goes to a place that `state_dict` returned, also with another number of ranks."""
         self._epoch, self._num_samples = state["epoch"], state["num_samples"]
 
+    def workers_kept(self) -> AbstractContextManager[None]:
+        """Keeps the processes that prepare pictures from one pass to the next, in its body."""
+        return nullcontext()
+
     def _rest_of_epoch(self) -> Iterator[list[Place]]:
         pass_size = len(self._examples) * self._repeats
         size = self._batch_size * self._num_ranks
@@ -240,11 +248,15 @@ class ShuffledBatches(ShuffledPlaces[BatchType]):
         **options: Any,
     ) -> None:
         super().__init__(examples, seed=seed, **options)
-        self._loader = _Examples(examples, seed=seed)
-        self._make_batch = make_batch
+        self._loader = _Loader(_Examples(examples, seed=seed), make_batch, self._num_workers)
 
+    @override
+    def workers_kept(self) -> AbstractContextManager[None]:
+        return self._loader.workers_kept()
+
+    @override
     def _prepare(self, places: Iterator[list[Place]]) -> "Iterator[Prepared[BatchType]]":
-        return _load(self._loader, places, self._make_batch, self._num_workers)
+        return self._loader.load(places)
 
 
 class OrderedBatches(Generic[BatchType]):
@@ -263,20 +275,21 @@ class OrderedBatches(Generic[BatchType]):
 
         An unreadable picture's row is padding when the examples' on_unreadable is "skip".
         """
-        self._loader = _Examples(examples, seed=None)
-        self._make_batch = make_batch
+        self._loader = _Loader(_Examples(examples, seed=None), make_batch, num_workers)
         self._places = places
-        self._num_workers = num_workers
         self._unreadable = dict.fromkeys((*examples.unreadable, *unreadable))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __iter__(self) -> Iterator[BatchType]:
-        places = map(list, self._places)
-        for prepared in _load(self._loader, places, self._make_batch, self._num_workers):
+        for prepared in self._loader.load(map(list, self._places)):
             self._unreadable |= dict.fromkeys(prepared.unreadable)
             yield prepared.batch
+
+    def workers_kept(self) -> AbstractContextManager[None]:
+        """Keeps the processes that prepare pictures from one pass to the next, in its body."""
+        return self._loader.workers_kept()
 
     @property
     def unreadable(self) -> tuple[str, ...]:
@@ -379,24 +392,79 @@ def _seeded(seed: int, *, torch_only: bool) -> Iterator[None]:
         torch.default_generator.set_state(torch_state)
 
 
-def _load(
-    examples: _Examples,
-    places: Iterator[list[Place]],
-    make_batch: MakeBatch[BatchType] | Unstacked[BatchType],
-    num_workers: int,
-) -> "Iterator[Prepared[BatchType]]":
-    loader = DataLoader(
-        examples,
-        batch_sampler=places,
-        collate_fn=partial(_collate, make_batch),
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]  # so in every run on a GPU
-        generator=torch.Generator(),  # keeps torch's global generator untouched
-    )
-    for prepared in loader:
-        if isinstance(prepared, _Failure):
-            raise UnreadableImageError(prepared.message)
-        yield prepared
+class _Loader(Generic[BatchType]):
+    """Prepares lists of places, also in other processes."""
+
+    def __init__(
+        self,
+        examples: _Examples,
+        make_batch: MakeBatch[BatchType] | Unstacked[BatchType],
+        num_workers: int,
+    ) -> None:
+        self._examples = examples
+        self._collate = partial(_collate, make_batch)
+        self._num_workers = num_workers
+        self._places = _NextPlaces()
+        self._keeps_workers = False
+        self._kept: DataLoader[_Sample | _Failure] | None = None
+
+    def load(self, places: Iterator[list[Place]]) -> "Iterator[Prepared[BatchType]]":
+        """Yields the batch of each list of places; one pass at a time where workers are kept."""
+        loader = self._new() if self._kept is None else self._kept
+        if self._keeps_workers:
+            self._kept = loader
+        self._places.next = places
+        for prepared in loader:
+            if isinstance(prepared, _Failure):
+                raise UnreadableImageError(prepared.message)
+            yield prepared
+
+    @contextmanager
+    def workers_kept(self) -> Iterator[None]:
+        """Starts the processes of a body once; a signal to all of them leaves them time."""
+        self._keeps_workers = self._num_workers > 0
+        try:
+            yield
+        finally:
+            kept, self._kept, self._keeps_workers = self._kept, None, False
+            iterator: Any = getattr(kept, "_iterator", None)
+            if iterator is not None:  # a pass that was broken off would hold them
+                iterator._shutdown_workers()
+
+    def _new(self) -> "DataLoader[_Sample | _Failure]":
+        return DataLoader(
+            self._examples,
+            batch_sampler=self._places,
+            collate_fn=self._collate,
+            num_workers=self._num_workers,
+            persistent_workers=self._keeps_workers,
+            worker_init_fn=_outlive_signals if self._keeps_workers else None,
+            pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]  # so in every run on a GPU
+            generator=torch.Generator(),  # keeps torch's global generator untouched
+        )
+
+
+class _NextPlaces:
+    """What the next pass over a loader loads."""
+
+    next: Iterator[list[Place]] = iter(())
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return self.next
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leaves stopping to the process that trains: launchers signal all processes of a job.
+
+    A worker that died would break off the step, or the checkpoint, that the training ends with.
+    """
+
+    def end_later(number: int, frame: FrameType | None) -> None:
+        signal.alarm(_GRACE_SECONDS)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, end_later)
 
 
 def _collate(

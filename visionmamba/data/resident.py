@@ -6,6 +6,7 @@ changed in colour and erased.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,8 +140,13 @@ class KeptEvalBatches:
         for batch in self._batches:
             # out of memory that is shared with another process, each tensor by an open file
             kept.append(Batch(*(one if one.is_pinned() else one.clone() for one in batch)))
+            if len(kept) == len(self):  # now: whoever knows the length asks for no more
+                self._kept = kept
             yield batch
-        self._kept = kept
+
+    def workers_kept(self) -> AbstractContextManager[None]:
+        """Keeps no process: there is one pass that needs them."""
+        return nullcontext()
 
     @property
     def unreadable(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What the training loop asks of a task and its data; it knows nothing else about them."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -94,6 +95,9 @@ class EpochBatches(Protocol):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes to a place that `state_dict` returned."""
 
+    def workers_kept(self) -> AbstractContextManager[None]:
+        """Keeps the processes that prepare batches, if any, from one pass to the next."""
+
 
 class Batches(Protocol):
     """Validation batches, the same ones at every pass, equally many on each process."""
@@ -105,6 +109,9 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Any]: ...
+
+    def workers_kept(self) -> AbstractContextManager[None]:
+        """Keeps the processes that prepare batches, if any, from one pass to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)

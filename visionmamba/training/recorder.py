@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +25,15 @@ from visionmamba.training.sharding import whole_state
 from visionmamba.training.stopping import Interrupted, StopRequest
 from visionmamba.training.world import World
 
+_MAX_SAVING_SHARE = 0.05  # of the time, that checkpoints after epochs may take
+
 
 class Recorder(lightning.Callback):
     """Writes metrics, weights and checkpoints of a run into its folder, from the main process.
 
     The order makes every file agree with the checkpoint that follows: rows and best weights first.
-    No checkpoint is taken between the last step of an epoch and the end of its validation.
+    No checkpoint is taken between the last step of an epoch and the end of its validation. Where
+    epochs are so short that writing would slow them down, not each is followed by one.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Recorder(lightning.Callback):
         self._noted_step = self.saved_step
         self._seconds_before: float = state.get("seconds", 0.0)
         self._started = time.monotonic()
+        self._saved_at, self._seconds_of_saving = -math.inf, 0.0
+        self._best_states: dict[str, dict[str, Tensor]] = {}
         self.metrics: dict[str, float] = state.get("metrics", {})
         self.best: dict[str, float] = state.get("best", {})
         self.best_ema: dict[str, float] = state.get("best_ema", {})
@@ -136,20 +142,24 @@ class Recorder(lightning.Callback):
         epoch, monitor = trainer.current_epoch + 1, self._task.monitor
         if not self.best or self.metrics[monitor] > self.best[monitor]:
             self.best = {"epoch": epoch, **self.metrics}
-            self._write_weights("best.safetensors", whole_state(self._task.model.state_dict()))
+            self._hold("best.safetensors", whole_state(self._task.model.state_dict()))
         monitor = f"{monitor}_ema"
         if engine.average is not None and (
             not self.best_ema or self.metrics[monitor] > self.best_ema[monitor]
         ):
             self.best_ema = {"epoch": epoch, **self.metrics}
-            self._write_weights("best_ema.safetensors", engine.average.state())
+            self._hold("best_ema.safetensors", engine.average.state())
 
     @override
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        self._save(trainer)
-        if trainer.current_epoch + 1 < self._experiment.epochs:
+        is_last = trainer.current_epoch + 1 == self._experiment.epochs
+        since = time.monotonic() - self._saved_at
+        is_worth_it = since >= self._seconds_of_saving / _MAX_SAVING_SHARE
+        if is_last or self._stop.is_agreed or self._world.from_main(is_worth_it):
+            self._save(trainer)
+        if not is_last:
             self._stop_if_asked()
 
     @override
@@ -220,6 +230,11 @@ class Recorder(lightning.Callback):
             text = "\n".join(lines) + "\n"
             replace_file(self._out / UNREADABLE, lambda file: file.write(text.encode()))
 
+    def _hold(self, name: str, state: dict[str, Tensor]) -> None:
+        """Keeps weights until the next checkpoint, whose best they are."""
+        if self._world.is_main:
+            self._best_states[name] = {key: tensor.clone() for key, tensor in state.items()}
+
     def _write_weights(self, name: str, state: dict[str, Tensor]) -> None:
         if self._writer is None:
             return
@@ -227,8 +242,13 @@ class Recorder(lightning.Callback):
         self._writer.save_weights(self._out / name)
 
     def _save(self, trainer: lightning.Trainer) -> None:
+        started = time.monotonic()
+        for name, state in self._best_states.items():
+            self._write_weights(name, state)
+        self._best_states.clear()
         trainer.save_checkpoint(self._out / CHECKPOINT)
-        self.saved_step = trainer.global_step
+        self.saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        self._seconds_of_saving = self._saved_at - started
 
     def _stop_if_asked(self) -> None:
         if self._stop.is_agreed:
