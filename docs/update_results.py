@@ -1,12 +1,13 @@
 """Copies the tables of docs/results into the documents, between the markers that name them.
 
 `gpu_models` and `gpu_scans` are put together from the measurements on a GPU and what the published
-code reaches there. Run by `make results` after the measurements; tests/test_readme.py checks that
-nobody forgot.
+code reaches there, `table4` from the paper's table and a study on CamVid. Run by `make results`
+after the measurements; tests/test_readme.py checks that nobody forgot.
 """
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,41 @@ def gpu_scans() -> str:
     return "\n".join(lines) + "\n"
 
 
-MADE: dict[str, Callable[[], str]] = {"gpu_models": gpu_models, "gpu_scans": gpu_scans}
+def table4() -> str:
+    """Return the paper's table 4 beside the mIoU of the same variants on CamVid."""
+    study = _read("camvid_bidirectional.json")
+    lines = [
+        "| variant | option | top-1 published | mIoU published, ADE20K | test mIoU here, CamVid "
+        "| to none | validation | learning rate | parameters here | status |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in study["rows"]:
+        recipe = study["study"]["variants"][row["variant"]]
+        difference = row["difference"]
+        cells = [
+            row["variant"],
+            f'`"{recipe["model"]["backbone"]["bidirectional"]}"`',
+            row["paper"]["ImageNet top-1"],
+            row["paper"]["ADE20K mIoU"],
+            _mean_and_deviation(row["test"]["values"]),
+            f"{difference['points']:+.2f} ± {difference['standard_error']:.2f}"
+            if difference
+            else "",
+            _mean_and_deviation(row["validation"]["values"]),
+            f"{row['best_rate']:g}",
+            f"{row['parameters']:,}",
+            "top-1 not run; mIoU partly",
+        ]
+        lines.append(_line(cells))
+    notes = (RESULTS / "camvid_bidirectional.md").read_text().split("\n\n", 1)[1]
+    return "\n".join(lines) + f"\n\n{notes}"
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "gpu_models": gpu_models,
+    "gpu_scans": gpu_scans,
+    "table4": table4,
+}
 
 
 def main() -> None:
@@ -103,6 +138,10 @@ def _section(name: str) -> str:
 
 def _read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    return f"{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
 
 
 def _line(cells: list[str]) -> str:

@@ -48,7 +48,7 @@ def vim_tiny_imagenet(variant: Variant = "script") -> Recipe:
     Cost:   the authors: 8 A800, time not stated. Here: not run.
     Paper:  76.1 top-1 (93.0 top-5 in the authors' README), 7 M parameters.
     Here:   not run on ImageNet; 2,160 steps of 128 on ten of its classes in bfloat16 stayed finite,
-            5,470 images/s a step on one H200 (docs/training.md).
+            5,470 images/s in training on one H200 (docs/training.md).
     """
     return _from_scratch(
         "vim_tiny_imagenet",
@@ -67,7 +67,7 @@ def vim_small_imagenet(variant: Variant = "script") -> Recipe:
     Cost:   the authors: 8 A800, time not stated. Here: not run.
     Paper:  80.3 top-1 (80.5, and 95.1 top-5, in the authors' README), 26 M parameters.
     Here:   not run on ImageNet; 2,050 steps of 128 on ten of its classes in bfloat16 stayed finite,
-            2,997 images/s a step on one H200 (docs/training.md).
+            2,997 images/s in training on one H200 (docs/training.md).
     """
     return _from_scratch(
         "vim_small_imagenet",
