@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.models.drawn import draw_objects
 from visionmamba.models import DeiTConfig
+from visionmamba.models.boxes import Boxes, Objects
 from visionmamba.models.cascade import STAGES, CascadeHeads
 from visionmamba.models.instance_masks import mask_loss, mask_targets, paste_masks
 from visionmamba.models.windows import WindowedDeiT, attend_in_windows
@@ -44,6 +45,18 @@ def one_object() -> dict[str, torch.Tensor]:
     return {"boxes": boxes, "labels": torch.tensor([2]), "masks": masks}
 
 
+def objects_of(*targets: dict[str, torch.Tensor]) -> Objects:
+    return Objects.of(*([one[name] for one in targets] for name in ("boxes", "labels")))
+
+
+def alone(boxes: torch.Tensor) -> Boxes:
+    """Boxes of one picture, all of which are valid."""
+    return Boxes(boxes[None], torch.ones(1, len(boxes), dtype=torch.bool))
+
+
+SIZE = torch.tensor([[SIDE_PX, SIDE_PX]], dtype=torch.float32)
+
+
 def shrunk(*overlaps: float) -> torch.Tensor:
     """Boxes inside that of `one_object` which overlap it so much."""
     return torch.tensor([[10, 10, 30, 10 + 20 * overlap] for overlap in overlaps])
@@ -53,19 +66,20 @@ def shrunk(*overlaps: float) -> torch.Tensor:
     ("stage", "labels"), [(0, [0, 2, 2, 2]), (1, [0, 0, 2, 2]), (2, [0, 0, 0, 2])]
 )
 def test_stage_takes_boxes_for_objects_from_its_own_overlap(stage, labels):
-    samples = cascade().stages[stage].label(shrunk(0.45, 0.55, 0.65, 0.75), one_object())
-    assert samples.labels.tolist() == labels
+    boxes = alone(shrunk(0.45, 0.55, 0.65, 0.75))
+    samples = cascade().stages[stage].label(boxes, objects_of(one_object()))
+    assert samples.labels.tolist() == [labels]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_targets_of_a_stage_are_weighted_shifts_and_log_ratios(stage):
     layer = cascade().stages[stage]
     boxes = torch.tensor([[12.0, 10, 32, 30]])  # 2 px to the right
-    samples = layer.label(boxes, one_object())
+    samples = layer.label(alone(boxes), objects_of(one_object()))
     weight = STAGES[stage].weights
     expected = torch.tensor([[-2 / 20 * weight[0], 0, 0, 0]])
     _, loss = layer.losses(torch.zeros(1, 4), torch.zeros(1, 4), samples)
-    assert samples.labels.tolist() == [2]
+    assert samples.labels.tolist() == [[2]]
     torch.testing.assert_close(loss, expected.abs().sum())
     _, loss = layer.losses(torch.zeros(1, 4), expected, samples)
     torch.testing.assert_close(loss, torch.zeros(()), atol=1e-5, rtol=0)
@@ -74,44 +88,53 @@ def test_targets_of_a_stage_are_weighted_shifts_and_log_ratios(stage):
 
 def test_losses_of_a_stage_are_means_over_background_too():
     layer = cascade().stages[0]
-    samples = layer.label(shrunk(1.0, 0.1, 0.1, 0.1), one_object())
-    logits = torch.full((4, 4), -20.0)
-    logits[torch.arange(4), samples.labels] = 20.0
-    loss_class, loss_box = layer.losses(logits, torch.ones(4, 4), samples)
+    boxes = alone(shrunk(1.0, 0.1, 0.1, 0.1, 1.0))
+    boxes.valid[0, 4] = False
+    samples = layer.label(boxes, objects_of(one_object()))
+    logits = torch.full((5, 4), -20.0)
+    logits[torch.arange(5), samples.labels[0]] = 20.0
+    logits[4] = torch.tensor([-20.0, 20, 20, 20])  # a box that is none costs nothing
+    loss_class, loss_box = layer.losses(logits, torch.ones(5, 4), samples)
     torch.testing.assert_close(loss_class, torch.zeros(()))
     torch.testing.assert_close(loss_box, torch.tensor(1.0))  # 4 of 1 for the object, 4 boxes
 
 
 def test_picture_without_objects_has_background_only():
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    assert cascade().stages[0].label(shrunk(0.9, 0.1), nothing).labels.tolist() == [0, 0]
+    stage = cascade().stages[0]
+    assert stage.label(alone(shrunk(0.9, 0.1)), objects_of(nothing)).labels.tolist() == [[0, 0]]
+    both = Boxes(shrunk(0.9, 0.1).expand(2, -1, -1), torch.ones(2, 2, dtype=torch.bool))
+    beside = stage.label(both, objects_of(nothing, one_object()))
+    assert beside.labels.tolist() == [[0, 0], [2, 0]]
 
 
 def test_first_stage_samples_a_quarter_of_objects_at_most_and_has_the_objects_among_them():
     heads, target = cascade(num_sampled=16), one_object()
-    (samples,) = heads._sample([shrunk(*[0.9] * 40, *[0.1] * 40)], [target])
-    assert (samples.labels > 0).sum() == 4 and len(samples.labels) == 16
-    (samples,) = heads._sample([torch.zeros(0, 4)], [target])
-    assert samples.boxes.tolist() == target["boxes"].tolist() and samples.labels.tolist() == [2]
+    samples = heads._sample(alone(shrunk(*[0.9] * 40, *[0.1] * 40)), objects_of(target))
+    assert (samples.labels > 0).sum() == 4 and samples.labels.shape == (1, 16)
+    assert bool(samples.boxes.valid.all())
+    samples = heads._sample(alone(torch.zeros(0, 4)), objects_of(target))
+    assert samples.boxes.xyxy.tolist() == [target["boxes"].tolist()]
+    assert samples.labels.tolist() == [[2]]
 
 
 def test_next_stage_trains_on_the_boxes_that_the_one_before_made():
     heads, target = cascade(), one_object()
-    first = heads.stages[0].label(shrunk(0.55, 0.9), target)
-    deltas = heads.stages[0].coder.encode_single(first.matched, first.boxes)
-    (second,) = heads._next(0, deltas, [first], [(SIDE_PX, SIDE_PX)], [target])
-    torch.testing.assert_close(second.boxes, target["boxes"].expand(2, -1))
-    assert second.labels.tolist() == [2, 2]
+    first = heads.stages[0].label(alone(shrunk(0.55, 0.9)), objects_of(target))
+    deltas = heads.stages[0].coder.encode_single(first.matched[0], first.boxes.xyxy[0])
+    second = heads._next(0, deltas, first, SIZE, objects_of(target))
+    torch.testing.assert_close(second.boxes.xyxy, target["boxes"].expand(1, 2, -1))
+    assert second.labels.tolist() == [[2, 2]]
     _, loss = heads.stages[1].losses(torch.zeros(2, 4), torch.zeros(2, 4), second)
     torch.testing.assert_close(loss, torch.zeros(()), atol=1e-5, rtol=0)
 
 
 def test_boxes_that_leave_the_picture_are_not_trained_on():
     heads, target = cascade(), one_object()
-    first = heads.stages[0].label(torch.tensor([[50.0, 50, 60, 60]]), target)
+    first = heads.stages[0].label(alone(torch.tensor([[50.0, 50, 60, 60]])), objects_of(target))
     deltas = torch.tensor([[30.0, 0, 0, 0]])  # 3 widths to the right
-    (second,) = heads._next(0, deltas, [first], [(SIDE_PX, SIDE_PX)], [target])
-    assert second.boxes.shape == (0, 4)
+    second = heads._next(0, deltas, first, SIZE, objects_of(target))
+    assert second.boxes.valid.tolist() == [[False]]
 
 
 class Says(nn.Module):

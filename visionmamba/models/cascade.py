@@ -1,8 +1,8 @@
 """Cascade R-CNN's box heads (arXiv 1712.00726) and the mask head: proposals to objects.
 
-One stage makes it Mask R-CNN. Matching, sampling, box arithmetic, RoIAlign and NMS are
-torchvision's. Not here: proposals (proposals.py), masks (instance_masks.py), the whole detector
-(detection.py).
+One stage makes it Mask R-CNN. Box arithmetic, RoIAlign and NMS are torchvision's. Not here:
+proposals (proposals.py), matching and sampling (boxes.py), masks (instance_masks.py), the whole
+detector (detection.py).
 """
 
 import math
@@ -12,16 +12,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import (
-    BalancedPositiveNegativeSampler,
-    BoxCoder,
-    Matcher,
-)
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops import batched_nms, roi_align
 from torchvision.ops.poolers import LevelMapper
 
+from visionmamba.models.boxes import Boxes, Objects, match, pick, sample
 from visionmamba.models.instance_masks import MaskHead, mask_loss, paste_masks
+from visionmamba.models.proposals import clip
 from visionmamba.models.pyramid import ChannelNorm
 
 BOX_CELLS = 7
@@ -63,20 +61,16 @@ class Detected(NamedTuple):
 
 
 class BoxSamples(NamedTuple):
-    """Boxes of a picture in training, and what each is."""
+    """Boxes of every picture in training, and what each is."""
 
-    boxes: Tensor
-    """(n, 4) xyxy in pixels."""
+    boxes: Boxes
+    """(B, n) of them."""
     labels: Tensor
-    """(n,) from 1; 0 is background."""
+    """(B, n) from 1; 0 is background, and rows that are not valid."""
     matches: Tensor
-    """(n,) the object of each box; of no meaning for background."""
+    """(B, n) the object of each box; of no meaning for background."""
     matched: Tensor
-    """(n, 4) the boxes of these objects."""
-
-    def take(self, chosen: Tensor) -> "BoxSamples":
-        """Return the samples that a mask (n,) or an index chooses."""
-        return BoxSamples(*(one[chosen] for one in self))
+    """(B, n, 4) the boxes of these objects."""
 
 
 class BoxStage(nn.Module):
@@ -111,7 +105,7 @@ class BoxStage(nn.Module):
         self.class_logits = nn.Linear(width, num_classes + 1)
         self.box_deltas = nn.Linear(width, 4)
         self.coder = BoxCoder(settings.weights)
-        self.matcher = Matcher(settings.iou, settings.iou)
+        self.iou = settings.iou
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Return float32 logits (n, K + 1), background first, and box deltas (n, 4)."""
@@ -123,25 +117,26 @@ class BoxStage(nn.Module):
         decoded: Tensor = self.coder.decode_single(deltas, boxes)
         return decoded
 
-    def label(self, boxes: Tensor, target: dict[str, Tensor]) -> BoxSamples:
-        """Return what boxes (n, 4) are, given a picture's objects."""
-        if not len(boxes) or not len(target["boxes"]):
-            nothing = boxes.new_zeros(len(boxes), dtype=torch.int64)
-            return BoxSamples(boxes, nothing, nothing, boxes)
-        matches = self.matcher(box_iou(target["boxes"], boxes))
-        known = matches.clamp(min=0)
-        labels = target["labels"][known].where(matches >= 0, 0)
-        return BoxSamples(boxes, labels, known, target["boxes"][known])
+    def label(self, boxes: Boxes, objects: Objects) -> BoxSamples:
+        """Return what boxes (B, n) are, given the objects of their pictures."""
+        matches = match(objects.boxes, boxes.xyxy)
+        labels = pick(objects.labels, matches.rows)
+        is_object = (matches.overlaps >= self.iou) & boxes.valid
+        matched = pick(objects.boxes.xyxy, matches.rows)
+        return BoxSamples(boxes, labels.where(is_object, 0), matches.rows, matched)
 
     def losses(self, logits: Tensor, deltas: Tensor, samples: BoxSamples) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of the classes and the L1 loss of the boxes of objects.
 
         Both are means over all boxes, background too, as in the published detection.
         """
-        is_object = samples.labels > 0
-        wanted = self.coder.encode_single(samples.matched[is_object], samples.boxes[is_object])
-        loss_box = F.l1_loss(deltas[is_object], wanted, reduction="sum")
-        return F.cross_entropy(logits, samples.labels), loss_box / max(len(logits), 1)
+        boxes, valid = samples.boxes.xyxy.flatten(0, 1), samples.boxes.valid.flatten()
+        labels = samples.labels.flatten()
+        num = valid.sum().clamp(min=1)
+        wanted = self.coder.encode_single(samples.matched.flatten(0, 1), boxes)
+        wanted = wanted.where(labels[:, None] > 0, deltas.detach())
+        loss_class = F.cross_entropy(logits, labels, reduction="none").where(valid, 0).sum()
+        return loss_class / num, F.l1_loss(deltas, wanted, reduction="sum") / num
 
 
 class CascadeHeads(nn.Module):
@@ -182,7 +177,7 @@ class CascadeHeads(nn.Module):
         )
         self.mask_head = MaskHead(in_channels, num_classes, channels=channels)
         self.strides = tuple(strides)
-        self.sampler = BalancedPositiveNegativeSampler(num_sampled, _POSITIVE_SHARE)
+        self.num_sampled = num_sampled
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
         self.max_detections = max_detections
@@ -195,43 +190,40 @@ class CascadeHeads(nn.Module):
     def losses(
         self,
         levels: Sequence[Tensor],
-        proposals: Sequence[Tensor],
-        sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Tensor]],
+        proposals: Boxes,
+        sizes: Tensor,
+        objects: Objects,
+        masks: Sequence[Tensor],
     ) -> dict[str, Tensor]:
         """Return loss_classifier and loss_box_reg, numbered from 1 with stages, and loss_mask.
 
         Args:
             levels: maps (B, C, h, w) at the strides.
-            proposals: (n, 4) xyxy of every picture.
-            sizes: (height, width) of every picture.
-            targets: boxes, labels and masks of the objects of every picture.
+            proposals: of every picture.
+            sizes: (B, 2) float32: height and width of every picture.
+            objects: of every picture.
+            masks: (m, H, W) of the objects of every picture.
         """
-        sampled = self._sample(proposals, targets)
+        samples = sampled = self._sample(proposals, objects)
         losses: dict[str, Tensor] = {}
-        samples = sampled
         for k, stage in enumerate(self._stages):
-            pooled = self._pool(levels, [one.boxes for one in samples], BOX_CELLS)
+            pooled = self._pool(levels, list(samples.boxes.xyxy), BOX_CELLS)
             # every stage's gradient reaches the pyramid; the mean does
             pooled = torch.lerp(pooled.detach(), pooled, 1 / len(self.stages))
             logits, deltas = stage(pooled)
             number = f"_{k + 1}" if len(self.stages) > 1 else ""
-            together = BoxSamples(*map(torch.cat, zip(*samples, strict=True)))
-            loss_class, loss_box = stage.losses(logits, deltas, together)
-            losses[f"loss_classifier{number}"], losses[f"loss_box_reg{number}"] = (
-                loss_class,
-                loss_box,
+            losses[f"loss_classifier{number}"], losses[f"loss_box_reg{number}"] = stage.losses(
+                logits, deltas, samples
             )
             if k + 1 < len(self.stages):
-                samples = self._next(k, deltas.detach(), samples, sizes, targets)
-        objects = [one.take(one.labels > 0) for one in sampled]
-        boxes = [one.boxes for one in objects]
+                samples = self._next(k, deltas.detach(), samples, sizes, objects)
+        is_object = sampled.labels > 0
+        num_objects = is_object.sum(dim=1).tolist()
+        boxes = torch.split(sampled.boxes.xyxy[is_object], num_objects)
+        matches = torch.split(sampled.matches[is_object], num_objects)
         pooled = self._pool(levels, boxes, MASK_CELLS)
-        mask_logits = self.mask_head(pooled, torch.cat([one.labels for one in objects]))
-        matches = [one.matches for one in objects]
-        losses["loss_mask"] = mask_loss(
-            mask_logits, boxes, matches, [target["masks"] for target in targets]
-        )
+        mask_logits = self.mask_head(pooled, sampled.labels[is_object])
+        losses["loss_mask"] = mask_loss(mask_logits, boxes, matches, masks)
         return losses
 
     def detect(
@@ -243,15 +235,21 @@ class CascadeHeads(nn.Module):
         """Return boxes, scores, labels and masks (n, H, W) bool of every picture, best first.
 
         Args:
-            levels, proposals, sizes: as in `losses`.
+            levels: as in `losses`.
+            proposals: (n, 4) xyxy of every picture.
+            sizes: (height, width) of every picture.
         """
         boxes = list(proposals)
+        limits = torch.tensor(sizes, dtype=torch.float32, device=levels[0].device)
         counts = [len(one) for one in boxes]
         shares = levels[0].new_zeros(())
         for k, stage in enumerate(self._stages):
             logits, deltas = stage(self._pool(levels, boxes, BOX_CELLS))
             shares = shares + logits.softmax(dim=-1) / len(self.stages)
-            boxes = self._move(k, deltas, boxes, sizes)
+            decoded = torch.split(self._stages[k].decode(deltas, torch.cat(boxes)), counts)
+            boxes = [
+                clip(one[None], limit[None])[0] for one, limit in zip(decoded, limits, strict=True)
+            ]
         found = [
             self._select(one, scores)
             for one, scores in zip(boxes, torch.split(shares, counts), strict=True)
@@ -267,48 +265,29 @@ class CascadeHeads(nn.Module):
             for one, mask, size in zip(found, drawn, sizes, strict=True)
         ]
 
-    def _sample(
-        self, proposals: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
-    ) -> list[BoxSamples]:
+    def _sample(self, proposals: Boxes, objects: Objects) -> BoxSamples:
         """Return what the first stage trains on: some proposals and objects of every picture."""
-        first = self._stages[0]
-        labelled = [
-            first.label(torch.cat((boxes, target["boxes"])), target)
-            for boxes, target in zip(proposals, targets, strict=True)
-        ]
-        positive, negative = self.sampler([one.labels for one in labelled])
-        return [
-            one.take((is_positive | is_negative).bool())
-            for one, is_positive, is_negative in zip(labelled, positive, negative, strict=True)
-        ]
+        together = Boxes(
+            *(torch.cat(both, dim=1) for both in zip(proposals, objects.boxes, strict=True))
+        )
+        labelled = self._stages[0].label(together, objects)
+        is_object = labelled.labels > 0
+        rows, valid = sample(
+            is_object, together.valid & ~is_object, self.num_sampled, _POSITIVE_SHARE
+        )
+        boxes = Boxes(pick(together.xyxy, rows), valid)
+        labels = pick(labelled.labels, rows).where(valid, 0)
+        return BoxSamples(boxes, labels, pick(labelled.matches, rows), pick(labelled.matched, rows))
 
     def _next(
-        self,
-        k: int,
-        deltas: Tensor,
-        samples: Sequence[BoxSamples],
-        sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Tensor]],
-    ) -> list[BoxSamples]:
+        self, k: int, deltas: Tensor, samples: BoxSamples, sizes: Tensor, objects: Objects
+    ) -> BoxSamples:
         """Return what the stage after stage k trains on: the boxes that stage k made."""
-        following = self._stages[k + 1]
-        boxes = self._move(k, deltas, [one.boxes for one in samples], sizes)
-        return [
-            following.label(one[(one[:, 2:] > one[:, :2]).all(dim=1)], target)
-            for one, target in zip(boxes, targets, strict=True)
-        ]
-
-    def _move(
-        self,
-        k: int,
-        deltas: Tensor,
-        boxes: Sequence[Tensor],
-        sizes: Sequence[tuple[int, int]],
-    ) -> list[Tensor]:
-        """Return the boxes of every picture that the deltas of stage k make, inside the picture."""
-        decoded = self._stages[k].decode(deltas, torch.cat(list(boxes)))
-        moved = torch.split(decoded, [len(one) for one in boxes])
-        return [clip_boxes_to_image(one, size) for one, size in zip(moved, sizes, strict=True)]
+        former = samples.boxes
+        decoded = self._stages[k].decode(deltas, former.xyxy.flatten(0, 1))
+        xyxy = clip(decoded.view_as(former.xyxy), sizes)
+        has_area = (xyxy[..., 2:] > xyxy[..., :2]).all(dim=-1)
+        return self._stages[k + 1].label(Boxes(xyxy, former.valid & has_area), objects)
 
     def _pool(self, levels: Sequence[Tensor], boxes: Sequence[Tensor], cells: int) -> Tensor:
         """Return what lies in the boxes, float32 (n, C, cells, cells), of a level for each size.
@@ -317,17 +296,27 @@ class CascadeHeads(nn.Module):
         (aligned=False) and guesses strides from the first picture it sees.
         """
         everything = torch.cat(list(boxes))
-        picture = torch.cat([one.new_full((len(one), 1), i) for i, one in enumerate(boxes)])
-        rois = torch.cat((picture, everything), dim=1)
+        nums = torch.tensor([len(one) for one in boxes])
+        picture = torch.arange(len(boxes)).repeat_interleave(nums).to(everything)
+        rois = torch.cat((picture[:, None], everything), dim=1)
         least, most = (round(math.log2(stride)) for stride in (self.strides[0], self.strides[-1]))
         of_level = LevelMapper(least, most)([everything])
-        shape = (len(rois), levels[0].shape[1], cells, cells)
+        order = of_level.argsort(stable=True)
+        which = torch.arange(len(levels), device=of_level.device)
+        counts = (of_level == which[:, None]).sum(dim=1).tolist()
+        pooled = [
+            roi_align(level, some, cells, 1 / stride, aligned=True)
+            for level, stride, some in zip(
+                levels, self.strides, torch.split(rois[order], counts), strict=True
+            )
+        ]
         # the layout that norms over channels read without copies
-        pooled = levels[0].new_zeros(shape).to(memory_format=torch.channels_last)
-        for i, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
-            rows = torch.where(of_level == i)[0]
-            pooled[rows] = roi_align(level, rois[rows], cells, 1 / stride, aligned=True)
-        return pooled
+        whole = torch.empty(
+            (len(rois), levels[0].shape[1], cells, cells),
+            device=rois.device,
+            memory_format=torch.channels_last,
+        )
+        return whole.index_copy_(0, order, torch.cat(pooled))
 
     def _select(self, boxes: Tensor, shares: Tensor) -> Detected:
         """Return the objects among boxes (n, 4) with shares (n, K + 1) of the classes."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.image_list import ImageList
 
+from visionmamba.models.boxes import Objects
 from visionmamba.models.cascade import STAGES, CascadeHeads
 from visionmamba.models.config import VimConfig, names_valid_options
 from visionmamba.models.deit import DeiTConfig
-from visionmamba.models.proposals import proposal_network
+from visionmamba.models.proposals import ProposalNetwork
 from visionmamba.models.pyramid import FeaturePyramid, OverBackbone
 from visionmamba.models.vim import Vim
 from visionmamba.models.windows import WindowedDeiT
@@ -152,7 +152,7 @@ class DetectionModel(nn.Module):
         self.config = config
         self.backbone = _bare_backbone(config)
         self.pyramid = FeaturePyramid(config.d_model, out_channels=config.channels)
-        self.rpn = proposal_network(
+        self.rpn = ProposalNetwork(
             config.channels,
             sizes=config.anchor_sizes,
             strides=config.strides,
@@ -219,20 +219,24 @@ class DetectionModel(nn.Module):
             self._check_targets(objects, targets)
         batch = self._pad(images, sizes)
         levels = self._levels(batch)
-        named = {str(stride): one for stride, one in zip(self.config.strides, levels, strict=True)}
-        proposals, losses = self.rpn(ImageList(batch, sizes), named, objects)
+        # RoIAlign runs in float32; one conversion serves all of its calls
+        pooled_from = [level.float() for level in levels[:-1]]
+        limits = torch.tensor(sizes, dtype=torch.float32, device=batch.device)
         if objects is None:
-            return self.heads.detect(levels[:-1], proposals, sizes)
-        return {**losses, **self.heads.losses(levels[:-1], proposals, sizes, objects)}
+            proposals, _ = self.rpn(levels, limits, None)
+            return self.heads.detect(pooled_from, proposals.separate(), sizes)
+        together = Objects.of(*([one[name] for one in objects] for name in ("boxes", "labels")))
+        proposals, losses = self.rpn(levels, limits, together)
+        masks = [one["masks"] for one in objects]
+        return {**losses, **self.heads.losses(pooled_from, proposals, limits, together, masks)}
 
     def _levels(self, batch: Tensor) -> list[Tensor]:
-        """Return the five float32 maps of padded pictures, from the finest."""
+        """Return the five maps of padded pictures, from the finest."""
         if isinstance(self.backbone, Vim):
             (last,) = self.backbone.features(batch, [len(self.backbone.blocks) - 1])
         else:
             last = self.backbone.last_map(batch)
-        # RoIAlign runs in float32; one conversion serves all of its calls
-        levels = [level.float() for level in self.pyramid([last.to(batch.dtype)])]
+        levels = self.pyramid([last.to(batch.dtype)])
         return [*levels, F.max_pool2d(levels[-1], kernel_size=1, stride=2)]
 
     def _pad(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:

@@ -159,9 +159,11 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normed map in the same dtype."""
+        """Return the normed map in the same dtype, under autocast too."""
         channels_last = x.permute(0, 2, 3, 1)
-        normed = F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # which would make it float32
+            normed = F.layer_norm(channels_last, weight.shape, weight, bias, self.eps)
         return normed.permute(0, 3, 1, 2)
 
 
