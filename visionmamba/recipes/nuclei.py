@@ -25,9 +25,10 @@ def vim_nuclei(root: Path | str = "nuclei", weights: str | None = None) -> Detec
 
     Source: ours.
     Run:    visionmamba train vim_nuclei --data.root nuclei --out runs/vim_nuclei
-    Cost:   not run to its end.
+    Cost:   800 of its 1,200 steps took 5.1 minutes of one H200 that trained three others beside.
     Paper:  none.
-    Here:   not run to its end.
+    Here:   its 1,200 steps not run. 800 steps in bfloat16 without moving average from drawn
+            weights: 52.2 ± 0.1 mask AP, 52.9 ± 0.1 box AP, two seeds (docs/reproduction.md).
 
     Args:
         root: folder of annotations and pictures.
@@ -44,9 +45,10 @@ def deit_nuclei(root: Path | str = "nuclei", weights: str | None = None) -> Dete
 
     Source: ours.
     Run:    visionmamba train deit_nuclei --data.root nuclei --out runs/deit_nuclei
-    Cost:   not run to its end.
+    Cost:   800 of its 1,200 steps took 5.1 minutes of one H200 that trained three others beside.
     Paper:  none.
-    Here:   not run to its end.
+    Here:   its 1,200 steps not run. 800 steps in bfloat16 without moving average from drawn
+            weights: 50.3 ± 0.9 mask AP, 51.1 ± 0.9 box AP, two seeds (docs/reproduction.md).
 
     Args:
         root: folder of annotations and pictures.

@@ -63,8 +63,8 @@ class DetectionTask(nn.Module):
             category_ids: numbers of the classes in the annotation files, for results in COCO's
                 format; None counts from 1. Kept in the weights file.
             inference: how the weights are to be used later, kept in their file; validation goes
-                over whole pictures. None is
-                whole pictures later, too, or windows of the model's size.
+                over whole pictures. None is whole pictures later, too, or windows of the model's
+                size.
             palette: one colour a class; None makes some.
 
         Raises:
