@@ -19,7 +19,7 @@ SBATCH = ROOT / "docs" / "vim_imagenet.sbatch"
 OF_OTHER_PROGRAMS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
     *("--help", "--stride", "--resize"),  # convert's
-    "--workers",  # bench's
+    *("--workers", "--seconds"),  # bench's
 }
 
 

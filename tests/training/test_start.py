@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.training.small import small_recipe
-from visionmamba.models import Vim, save
+from visionmamba.models import DeiTConfig, Vim, save
+from visionmamba.models.embed import resize_grid
 from visionmamba.recipes import digits_deit
 
 pytestmark = pytest.mark.once
@@ -53,6 +54,24 @@ def test_deit_starts_from_a_deit(tmp_path: Path) -> None:
     own, given = started.state_dict(), model.state_dict()
     assert torch.equal(own["blocks.0.attn.qkv.weight"], given["blocks.0.attn.qkv.weight"])
     assert own["head.weight"].shape[0] == 10
+
+
+def test_deit_starts_at_half_the_stride_of_its_weights_and_at_another_size(tmp_path: Path) -> None:
+    recipe = digits_deit()
+    assert isinstance(recipe.model, DeiTConfig)
+    model = recipe.model.build()
+    save(model, tmp_path / "deit.safetensors")
+    recipe = replace(
+        recipe,
+        weights=tmp_path / "deit.safetensors",
+        model=replace(recipe.model, stride=1, image_size=10),
+        preprocessing=replace(recipe.preprocessing, image_size=10),
+    )
+    own, given = recipe.build().task.model.state_dict(), model.state_dict()
+    class_token, patches = given["pos_embed"][:, :1], given["pos_embed"][:, 1:]
+    resized = resize_grid(patches, (4, 4), (9, 9))
+    torch.testing.assert_close(own["pos_embed"], torch.cat((class_token, resized), dim=1))
+    assert torch.equal(own["patch_embed.proj.weight"], given["patch_embed.proj.weight"])
 
 
 @pytest.mark.parametrize(

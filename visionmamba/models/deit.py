@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class DeiTOptions(TypedDict, total=False):
 
     image_size: int | tuple[int, int]
     patch_size: int
+    stride: int | None
     in_channels: int
     num_classes: int
     d_model: int
@@ -35,6 +38,8 @@ class DeiTConfig:
     """Side or (height, width) in pixels that the position embedding is learned for."""
     patch_size: int = 16
     """Side of a square patch in pixels."""
+    stride: int | None = None
+    """Distance in pixels from one patch to the next; None means patch_size, side by side."""
     in_channels: int = 3
     """Channels of the pictures."""
     num_classes: int = 1000
@@ -53,10 +58,28 @@ class DeiTConfig:
             value, least = getattr(self, name), 0 if name == "num_classes" else 1
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+        stride = self.resolved_stride
+        if not isinstance(stride, int) or not 1 <= stride <= self.patch_size:
+            raise ValueError(
+                f"stride must be an int from 1 to patch_size, {self.patch_size}; got {stride!r}"
+            )
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}")
         if not 0 <= self.drop_path <= 1:
             raise ValueError(f"drop_path must be between 0 and 1; got {self.drop_path!r}")
+
+    @property
+    def resolved_stride(self) -> int:
+        """stride as a number."""
+        return self.patch_size if self.stride is None else self.stride
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in a picture of image_size."""
+        size = self.image_size
+        sides = size if isinstance(size, tuple) else (size, size)
+        rows, columns = ((side - self.patch_size) // self.resolved_stride + 1 for side in sides)
+        return rows, columns
 
     @classmethod
     def tiny(cls, **overrides: Unpack[DeiTOptions]) -> "DeiTConfig":
@@ -102,6 +125,8 @@ class DeiT(VisionTransformer):
             "dynamic_img_size": True,
             "block_fn": block,
         }
+        if config.stride not in (None, config.patch_size):
+            options["embed_layer"] = partial(_OverlappingPatches, stride=config.stride)
         super().__init__(**options)
         self.config = config
 
@@ -115,7 +140,8 @@ class DeiT(VisionTransformer):
         """Return maps (B, D, h, w) after the zero-based blocks `layers`, without class token.
 
         Args:
-            images: (B, in_channels, H, W) whose sides are multiples of the patch size.
+            images: (B, in_channels, H, W) whose sides are multiples of the patch size, with a
+                stride a patch and multiples of it.
             layers: blocks, in any order; one map each, in the same order.
             kind: "residual": the stream after the block; "normed": that after the final norm. One
                 for all maps, or one for each.
@@ -140,3 +166,36 @@ class DeiT(VisionTransformer):
     def _normed(self, features: Tensor) -> Tensor:
         normed: Tensor = self.norm(features.permute(0, 2, 3, 1))
         return normed.permute(0, 3, 1, 2)
+
+
+class _OverlappingPatches(PatchEmbed):
+    """timm's patches, one every few pixels instead of side by side; the same parameters."""
+
+    def __init__(self, *, stride: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.stride = stride
+        self.proj.stride = (stride, stride)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self, as_scalar: bool = True) -> tuple[int, int] | int:
+        return self.stride if as_scalar else (self.stride, self.stride)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = (
+            (side - patch) // self.stride + 1
+            for side, patch in zip(img_size, self.patch_size, strict=True)
+        )
+        return height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tokens (B, h, w, D) of pictures (B, C, H, W)."""
+        height, width = x.shape[-2:]
+        patch = self.patch_size[0]
+        if any(side < patch or (side - patch) % self.stride for side in (height, width)):
+            raise ValueError(
+                f"image side {height}x{width} does not fit patches of {patch} at stride "
+                f"{self.stride}; resize or pad it to {patch} and multiples of {self.stride}"
+            )
+        tokens: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return tokens

@@ -136,7 +136,7 @@ class PyramidBackbone(nn.Module):
 
 def stride_of(config: VimConfig | DeiTConfig) -> int:
     """Return the pixels from one patch of a backbone to the next."""
-    return config.resolved_stride if isinstance(config, VimConfig) else config.patch_size
+    return config.resolved_stride
 
 
 def layers_of_levels(backbone: Vim | DeiT, count: int) -> list[int]:

@@ -166,7 +166,7 @@ def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started
         state = read_checkpoint(path, which).state
     rows = state.get("pos_embed")
     side = math.isqrt(max(rows.shape[1] - 1, 1)) if rows is not None and rows.dim() == 3 else 1
-    old_grid = (side, side) if held is None else _grid(held)
+    old_grid = (side, side) if held is None else held.grid
     # a detector's DeiT has no class token, all others have
     old_places: tuple[int, ...] = (0,) if held is None or "cls_token" in state else ()
     num_rows = math.prod(old_grid) + len(old_places)
@@ -185,7 +185,7 @@ def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started
         )
     changes = []
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    new_grid = _grid(config)
+    new_grid = config.grid
     if (old_grid, old_places) != (new_grid, new_places):
         state["pos_embed"] = fit_positions(rows, (old_grid, old_places), (new_grid, new_places))
     if old_grid != new_grid:
@@ -266,9 +266,3 @@ def _report(
     if held is not None:
         told = {name: (value, "header") for name, value in asdict(held).items()}
     return LoadReport(source=str(path), options=told, changes=changes, notes=notes)
-
-
-def _grid(config: DeiTConfig) -> tuple[int, int]:
-    size = config.image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    return height // config.patch_size, width // config.patch_size

@@ -19,6 +19,7 @@ from visionmamba.data import (
     TrainBatches,
 )
 from visionmamba.models import DeiT, DeiTConfig, Vim, VimConfig
+from visionmamba.models.adapt import fit_positions
 from visionmamba.models.hub import find_weights
 from visionmamba.models.weights import config_of, load_strictly, read_header, read_tensors
 from visionmamba.tasks import ClassificationTask
@@ -228,13 +229,13 @@ def _start_from(weights: Path | str, config: VimConfig | DeiTConfig) -> Vim | De
     held = config_of(read_header(path), path)
     if not isinstance(held, DeiTConfig):
         raise ValueError(f"{weights} holds a Vim and the recipe's model is a DeiT; change one")
-    if held.image_size != config.image_size:
-        raise ValueError(
-            f"{weights} is for images of {held.image_size} and the recipe's DeiT for "
-            f"{config.image_size}; make them equal"
-        )
     model = config.build()
     state = read_tensors(path)
+    if held.grid != config.grid:
+        load_strictly(held.build(), state, path)
+        class_token = (0,)
+        layouts = (held.grid, class_token), (config.grid, class_token)
+        state["pos_embed"] = fit_positions(state["pos_embed"], *layouts)
     if held.num_classes != config.num_classes:
         own = model.state_dict()
         state |= {name: own[name] for name in ("head.weight", "head.bias")}

@@ -351,6 +351,7 @@ def _deit_like(vim: VimConfig) -> DeiTConfig:
     return DeiTConfig(
         image_size=vim.image_size,
         patch_size=vim.patch_size,
+        stride=vim.stride,
         in_channels=vim.in_channels,
         num_classes=max(vim.num_classes, 1),
         d_model=vim.d_model,
