@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
 
@@ -12,6 +13,7 @@ from visionmamba.studies import Study, StudyResult
 from visionmamba.studies.backbone import BackboneComparison
 from visionmamba.studies.bidirectional import BidirectionalAblation
 from visionmamba.studies.readout import ReadoutAblation
+from visionmamba.studies.stride import StrideComparison
 
 pytestmark = pytest.mark.once
 
@@ -20,6 +22,7 @@ KINDS = {
     ("ablate", "bidirectional"): BidirectionalAblation,
     ("ablate", "backbone"): BackboneComparison,
     ("ablate", "readout"): ReadoutAblation,
+    ("ablate", "stride"): StrideComparison,
     ("bench", "segmentation"): SegmentationSpeed,
 }
 
@@ -51,5 +54,5 @@ def test_python_makes_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_option_in_the_text_exists() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", PAGE.read_text()))
-    known = {f"--{name.replace('_', '-')}" for kind in KINDS.values() for name in vars(kind())}
+    known = {f"--{one.name.replace('_', '-')}" for kind in KINDS.values() for one in fields(kind)}
     assert named <= known | {"--no-cuda-graphs"}  # the other way to set cuda_graphs

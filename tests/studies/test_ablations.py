@@ -13,8 +13,8 @@ from rich.console import Console
 from tests.studies.plans import make_up
 from visionmamba.cli import main
 from visionmamba.data import ImageFolder, Shapes
-from visionmamba.models import DeiTConfig, VimConfig
-from visionmamba.recipes import Recipe, vim_camvid, vim_shapes
+from visionmamba.models import DeiTConfig, VimConfig, save
+from visionmamba.recipes import Recipe, digits_deit, digits_vim, vim_camvid, vim_shapes
 from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.studies import Outcome, jobs, settings
 from visionmamba.studies.backbone import BackboneComparison, Lessons
@@ -22,6 +22,7 @@ from visionmamba.studies.bidirectional import BidirectionalAblation
 from visionmamba.studies.jobs import Job
 from visionmamba.studies.readout import ReadoutAblation
 from visionmamba.studies.settings import Task
+from visionmamba.studies.stride import StrideComparison
 
 pytestmark = pytest.mark.once
 
@@ -105,6 +106,43 @@ def test_twin_of_vim_tiny_is_deit_tiny_under_the_same_recipe(tmp_path: Path) -> 
     assert [variant.name for variant in study.variants] == [
         "Vim-Ti, from scratch", "DeiT-Ti, from scratch",
     ]  # fmt: skip
+
+
+def test_strides_are_halved_from_weights_of_both_and_compared_with_fine_tuning_alone(
+    tmp_path: Path,
+) -> None:
+    for name, config in (("vim", digits_vim().model), ("deit", digits_deit().model)):
+        save(config.build(), tmp_path / f"{name}.safetensors")
+    chosen = StrideComparison(
+        vim_weights=tmp_path / "vim.safetensors",
+        deit_weights=tmp_path / "deit.safetensors",
+        learning_rates=(1e-3,),
+        seeds=(0,),
+        epochs=1,
+        batch_size=512,
+        device="cpu",
+        out=tmp_path / "study",
+    )
+    result = chosen.run(console=QUIET)
+    rows = {row.variant: row for row in result.rows()}
+    assert list(rows) == ["Vim, stride 2", "Vim, stride 1", "DeiT, stride 2", "DeiT, stride 1"]
+    assert all(row.best_rate == 2e-4 and row.validation is not None for row in rows.values())
+    for name, width in (("Vim", 72), ("DeiT", 64)):
+        coarse, fine = rows[f"{name}, stride 2"], rows[f"{name}, stride 1"]
+        assert coarse.difference is None
+        assert fine.difference is not None and fine.difference.other == coarse.variant
+        assert fine.parameters - coarse.parameters == (7 * 7 - 4 * 4) * width
+    assert "| paper, ImageNet top-1 |" in result.to_markdown()
+
+
+def test_missing_weights_and_tasks_without_a_stride_are_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "vim.safetensors"
+    with pytest.raises(
+        FileNotFoundError, match=r"there are no weights .*vim\.safetensors to fine-tune"
+    ):
+        StrideComparison(vim_weights=missing, deit_weights=missing).plan()
+    with pytest.raises(ValueError, match="stride is for --task classification"):
+        StrideComparison(vim_weights=missing, deit_weights=missing, task="segmentation")
 
 
 def test_shorter_schedules_keep_the_share_of_the_warm_up(tmp_path: Path) -> None:

@@ -9,11 +9,15 @@ def ablate(given: list[str]) -> int:
     from visionmamba.studies.backbone import BackboneComparison
     from visionmamba.studies.bidirectional import BidirectionalAblation
     from visionmamba.studies.readout import ReadoutAblation
+    from visionmamba.studies.stride import StrideComparison
 
-    studies: dict[str, type[BackboneComparison | BidirectionalAblation | ReadoutAblation]] = {
+    studies: dict[
+        str, type[BackboneComparison | BidirectionalAblation | ReadoutAblation | StrideComparison]
+    ] = {
         "bidirectional": BidirectionalAblation,
         "readout": ReadoutAblation,
         "backbone": BackboneComparison,
+        "stride": StrideComparison,
     }
     if not given or given[0] in ("-h", "--help"):
         print(f"usage: visionmamba ablate {{{','.join(studies)}}} [--help] ...")

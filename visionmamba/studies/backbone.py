@@ -43,7 +43,8 @@ _PAPER_AP = {  # table 3: boxes, masks; in the order of COLUMNS
 }
 _HEAD_CHANNELS = 64
 _BLOCKS_A_GLOBAL_ONE = 3  # ViTDet's four of twelve
-_PRETRAINED_DIVISOR = 5  # of the learning rates, as in `vim_camvid` with weights
+PRETRAINED_DIVISOR = 5
+"""Of the learning rates where training begins with weights, as in `vim_camvid`."""
 _EPOCHS_FILE = "epochs.json"
 _TRIAL_EPOCHS = (1, 1, 5)  # the first builds kernels; the others differ by epochs alone
 
@@ -136,7 +137,7 @@ class BackboneComparison(StudySettings):
                 if start == "pretrained" and isinstance(recipe, DenseRecipe):
                     own = replace(recipe, weights=lessons[name].weights)
                     rates = tuple(
-                        float(f"{lr / _PRETRAINED_DIVISOR:g}") for lr in self.learning_rates
+                        float(f"{lr / PRETRAINED_DIVISOR:g}") for lr in self.learning_rates
                     )
                 is_comparable = is_published or start == "pretrained"
                 variants.append(
@@ -158,20 +159,14 @@ class BackboneComparison(StudySettings):
 
     def _recipes(self) -> dict[str, AnyRecipe]:
         """Returns how the Vim and the DeiT are trained, by their names."""
+        if self.task == "classification":
+            return dict(classifiers_of(self))
         vim = self.vim_recipe()
-        deit: AnyRecipe
-        if isinstance(vim, SegmentationRecipe | DetectionRecipe):
-            backbone = vim.model.backbone
-            assert isinstance(backbone, VimConfig)
-            deit = replace(vim, name=_twins_name(vim), model=self._twins_model(vim.model))
-        else:
-            assert isinstance(vim.model, VimConfig)
-            backbone = vim.model
-            if self.data_name == "digits":
-                deit = self.with_options(digits_deit())
-            else:
-                deit = replace(vim, name=_twins_name(vim), model=_deit_like(backbone))
-        size = "-Ti" if (backbone.d_model, backbone.depth) == (192, 24) else ""
+        assert isinstance(vim, SegmentationRecipe | DetectionRecipe)
+        backbone = vim.model.backbone
+        assert isinstance(backbone, VimConfig)
+        deit = replace(vim, name=_twins_name(vim), model=self._twins_model(vim.model))
+        size = _size_of(backbone)
         return {f"Vim{size}": vim, f"DeiT{size}": deit}
 
     def _twins_model(self, model: SegmenterConfig | DetectorConfig) -> Any:
@@ -335,6 +330,27 @@ class Lessons:
 
     def __str__(self) -> str:
         return f"{self.epochs} epochs in {self.minutes:.1f} minutes, top-1 {self.accuracy:.1%}"
+
+
+def classifiers_of(settings: StudySettings) -> dict[str, Recipe]:
+    """Returns how the Vim and the DeiT of a study of classifiers are trained, by their names.
+
+    Raises:
+        FileNotFoundError, ValueError: as `StudySettings.vim_recipe`.
+    """
+    vim = settings.vim_recipe()
+    assert isinstance(vim, Recipe) and isinstance(vim.model, VimConfig)
+    if settings.data_name == "digits":
+        deit = settings.with_options(digits_deit())
+        assert isinstance(deit, Recipe)
+    else:
+        deit = replace(vim, name=_twins_name(vim), model=_deit_like(vim.model))
+    size = _size_of(vim.model)
+    return {f"Vim{size}": vim, f"DeiT{size}": deit}
+
+
+def _size_of(vim: VimConfig) -> str:
+    return "-Ti" if (vim.d_model, vim.depth) == (192, 24) else ""
 
 
 def _seconds_of_an_epoch(name: str, outcomes: dict[str, Outcome]) -> float:

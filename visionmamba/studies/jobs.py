@@ -65,6 +65,8 @@ class Outcome:
     """Training pictures per second of that time."""
     parameters: int = 0
     """Parameters of the model."""
+    peak_memory_gb: float | None = None
+    """Most memory of the GPU that it took, in 10^9 bytes; None on a CPU."""
     failure: str | None = None
     """Why there is no result: the loss was not finite at this learning rate."""
 
@@ -100,6 +102,7 @@ def run_job(job: Job) -> Outcome:
         seconds=result.seconds,
         images_per_second=result.images_per_second,
         parameters=result.parameters,
+        peak_memory_gb=result.peak_memory_gb,
     )
 
 

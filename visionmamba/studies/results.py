@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from visionmamba.studies.study import MetricTable, Study, Variant
 
-_LEFT_TO_FILES = ("seeds", "parameters", "minutes")
+_LEFT_TO_FILES = ("seeds", "parameters", "minutes", "GB")
 """Columns that a terminal has no room for."""
 _DIFFERENCE = "difference"
 _LABELS = {
@@ -110,6 +110,8 @@ class Row:
     """Parameters of the model."""
     minutes: float
     """Mean wall-clock time of a run that counts, beside the others that ran."""
+    peak_memory_gb: float | None
+    """Most memory of the GPU that a run that counts took, in 10^9 bytes; None on a CPU."""
     difference: Difference | None
     """On the test split where there is one, else on the validation split."""
 
@@ -185,6 +187,10 @@ class StudyResult:
             num_failed=len(runs) - len(finished),
             parameters=max((one.parameters for one in finished), default=0),
             minutes=statistics.fmean(one.seconds for one in finished) / 60 if finished else 0.0,
+            peak_memory_gb=max(
+                (one.peak_memory_gb for one in finished if one.peak_memory_gb is not None),
+                default=None,
+            ),
             difference=self._difference(variant),
         )
 
@@ -282,7 +288,7 @@ class StudyResult:
         ordered = self._ordered()
         metrics = list(dict.fromkeys(name for _, one in ordered for name in one.metrics))
         tested = list(dict.fromkeys(name for _, one in ordered for name in one.test))
-        plain = ("steps", "seconds", "images_per_second", "parameters", "failure")
+        plain = ("steps", "seconds", "images_per_second", "parameters", "peak_memory_gb", "failure")
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         tests = [f"test_{name}" for name in tested]
@@ -381,6 +387,10 @@ class StudyResult:
             ]
         columns["parameters"] = [f"{row.parameters:,}" if row.parameters else "" for row in rows]
         columns["minutes"] = [f"{row.minutes:.1f}" if row.minutes else "" for row in rows]
+        if any(row.peak_memory_gb is not None for row in rows):
+            columns["GB"] = [
+                "" if row.peak_memory_gb is None else f"{row.peak_memory_gb:.2f}" for row in rows
+            ]
         for name in paper:
             columns[f"paper, {name}"] = [one.paper.get(name, "") for one in study.variants]
         return [tuple(columns), *zip(*columns.values(), strict=True)]

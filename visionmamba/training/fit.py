@@ -44,6 +44,7 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 
 _RESULT_FIELDS = (
     "metrics", "best", "best_ema", "epochs", "steps", "seconds", "images_per_second", "parameters",
+    "peak_memory_gb",
 )  # fmt: skip
 _LIBRARY_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # pytorch-lightning asks torch for a class that torch has renamed; nothing a caller can do
@@ -79,6 +80,9 @@ class FitResult:
     """Training images per second of that time, over all devices."""
     parameters: int
     """Parameters of the model."""
+    peak_memory_gb: float | None = None
+    """Most memory of the first device that was taken at a time since this process began or went on
+    with the run, in 10^9 bytes; None on a CPU."""
     was_finished: bool = False
     """True when the run had been finished before, so that nothing was done."""
 
@@ -277,6 +281,9 @@ def _train(
             num_sanity_val_steps=0,
             log_every_n_steps=1,
         )
+        if device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            torch.cuda.reset_peak_memory_stats(device)
         # theirs waits for the device before each batch; the step itself agrees on stopping
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         try:
@@ -300,7 +307,7 @@ def _train(
             raise KeyboardInterrupt(f"stopped; the same command goes on from {where}") from None
         finally:
             engine.release_graphs()
-    result = _result(experiment, out, recorder, steps=trainer.global_step)
+    result = _result(experiment, out, recorder, steps=trainer.global_step, device=device)
     if not world.is_main:
         return result
     draw_curves(out / METRICS, out / CURVES, monitor=experiment.task.monitor, title=recipe.name)
@@ -362,7 +369,10 @@ def _cluster(world: World) -> list[Any]:
     return [SLURMEnvironment(auto_requeue=False)]
 
 
-def _result(experiment: Experiment, out: Path, recorder: "Recorder", *, steps: int) -> FitResult:
+def _result(
+    experiment: Experiment, out: Path, recorder: "Recorder", *, steps: int, device: torch.device
+) -> FitResult:
+    is_gpu = device.type == "cuda"
     return FitResult(
         out=out,
         metrics=recorder.metrics,
@@ -373,13 +383,15 @@ def _result(experiment: Experiment, out: Path, recorder: "Recorder", *, steps: i
         seconds=round(recorder.seconds, 3),
         images_per_second=round(steps * experiment.batch_size / recorder.seconds, 1),
         parameters=sum(p.numel() for p in experiment.task.model.parameters()),
+        peak_memory_gb=round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if is_gpu else None,
     )
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> FitResult:
     values = json.loads((out / RESULTS).read_text(encoding="utf-8"))
     refuse_other_recipe(out, {name: values[name] for name in identity}, identity)
-    return FitResult(out=out, was_finished=True, **{name: values[name] for name in _RESULT_FIELDS})
+    known = {name: values[name] for name in _RESULT_FIELDS if name in values}
+    return FitResult(out=out, was_finished=True, **known)
 
 
 def _require_lightning() -> None:
