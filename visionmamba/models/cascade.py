@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from visionmamba.models.boxes import Boxes, Objects, match, pick, sample
@@ -240,16 +240,13 @@ class CascadeHeads(nn.Module):
             sizes: (height, width) of every picture.
         """
         boxes = list(proposals)
-        limits = torch.tensor(sizes, dtype=torch.float32, device=levels[0].device)
         counts = [len(one) for one in boxes]
         shares = levels[0].new_zeros(())
-        for k, stage in enumerate(self._stages):
+        for stage in self._stages:
             logits, deltas = stage(self._pool(levels, boxes, BOX_CELLS))
             shares = shares + logits.softmax(dim=-1) / len(self.stages)
-            decoded = torch.split(self._stages[k].decode(deltas, torch.cat(boxes)), counts)
-            boxes = [
-                clip(one[None], limit[None])[0] for one, limit in zip(decoded, limits, strict=True)
-            ]
+            decoded = torch.split(stage.decode(deltas, torch.cat(boxes)), counts)
+            boxes = [clip_boxes_to_image(*both) for both in zip(decoded, sizes, strict=True)]
         found = [
             self._select(one, scores)
             for one, scores in zip(boxes, torch.split(shares, counts), strict=True)

@@ -78,8 +78,7 @@ class DeiTConfig:
         """Rows and columns of patches in a picture of image_size."""
         size = self.image_size
         sides = size if isinstance(size, tuple) else (size, size)
-        rows, columns = ((side - self.patch_size) // self.resolved_stride + 1 for side in sides)
-        return rows, columns
+        return _grid(sides, self.patch_size, self.resolved_stride)
 
     @classmethod
     def tiny(cls, **overrides: Unpack[DeiTOptions]) -> "DeiTConfig":
@@ -182,11 +181,7 @@ class _OverlappingPatches(PatchEmbed):
         return self.stride if as_scalar else (self.stride, self.stride)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        height, width = (
-            (side - patch) // self.stride + 1
-            for side, patch in zip(img_size, self.patch_size, strict=True)
-        )
-        return height, width
+        return _grid(img_size, self.patch_size[0], self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens (B, h, w, D) of pictures (B, C, H, W)."""
@@ -199,3 +194,9 @@ class _OverlappingPatches(PatchEmbed):
             )
         tokens: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
         return tokens
+
+
+def _grid(sides: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
+    """Return rows and columns of patches in a picture of these sides in pixels."""
+    rows, columns = ((side - patch_size) // stride + 1 for side in sides)
+    return rows, columns

@@ -43,8 +43,6 @@ _PAPER_AP = {  # table 3: boxes, masks; in the order of COLUMNS
 }
 _HEAD_CHANNELS = 64
 _BLOCKS_A_GLOBAL_ONE = 3  # ViTDet's four of twelve
-PRETRAINED_DIVISOR = 5
-"""Of the learning rates where training begins with weights, as in `vim_camvid`."""
 _EPOCHS_FILE = "epochs.json"
 _TRIAL_EPOCHS = (1, 1, 5)  # the first builds kernels; the others differ by epochs alone
 
@@ -136,9 +134,7 @@ class BackboneComparison(StudySettings):
                 own, rates = recipe, None
                 if start == "pretrained" and isinstance(recipe, DenseRecipe):
                     own = replace(recipe, weights=lessons[name].weights)
-                    rates = tuple(
-                        float(f"{lr / PRETRAINED_DIVISOR:g}") for lr in self.learning_rates
-                    )
+                    rates = self.pretrained_rates
                 is_comparable = is_published or start == "pretrained"
                 variants.append(
                     Variant(

@@ -34,6 +34,7 @@ _KINDS = {"Boxes": "box", "Masks": "mask"}
 _HEADINGS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}
 
 _EMA_DECAY = 0.999
+_PRETRAINED_DIVISOR = 5  # of the learning rates, as in `vim_camvid` with weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,11 @@ class StudySettings:
     def data_name(self) -> str:
         """The data asked for, or those that are there without a download."""
         return self.data or self.recipe or next(iter(_drawn(self.task)))
+
+    @property
+    def pretrained_rates(self) -> tuple[float, ...]:
+        """A fifth of the learning rates, for variants that begin with weights."""
+        return tuple(float(f"{lr / _PRETRAINED_DIVISOR:g}") for lr in self.learning_rates)
 
     @property
     def command(self) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from visionmamba.studies.backbone import PRETRAINED_DIVISOR, classifiers_of
+from visionmamba.studies.backbone import classifiers_of
 from visionmamba.studies.settings import StudySettings
 from visionmamba.studies.study import Study, Variant
 
@@ -50,7 +50,6 @@ class StrideComparison(StudySettings):
             if not path.exists():
                 raise FileNotFoundError(f"there are no weights {path} to fine-tune")
         weights = (self.vim_weights, self.deit_weights)
-        rates = tuple(float(f"{lr / PRETRAINED_DIVISOR:g}") for lr in self.learning_rates)
         variants = []
         for (name, recipe), path in zip(classifiers_of(self).items(), weights, strict=True):
             stride = recipe.model.resolved_stride
@@ -62,7 +61,7 @@ class StrideComparison(StudySettings):
                         recipe=replace(
                             recipe, model=replace(recipe.model, stride=number), weights=path
                         ),
-                        learning_rates=rates,
+                        learning_rates=self.pretrained_rates,
                         compared_with=f"{name}, stride {stride}" if number != stride else None,
                         paper={"ImageNet top-1": top1},
                     )
