@@ -263,6 +263,19 @@ def test_pretrained_segmenters_of_either_kind_have_a_fifth_of_the_rates(tmp_path
     assert study.to_dict()["variant_learning_rates"]["DeiT-Ti, pretrained"] == list(fifth)
 
 
+def test_pretrained_variants_have_the_rates_given_for_them(tmp_path: Path) -> None:
+    lesson = Lessons(weights=tmp_path / "w.safetensors", epochs=1, minutes=1.0, accuracy=0.5)
+    study = BackboneComparison(
+        task="segmentation",
+        data=str(tmp_path),
+        learning_rates=(1e-3,),
+        pretrained_learning_rates=(3e-4, 7e-5),
+    ).plan({"Vim-Ti": lesson, "DeiT-Ti": lesson})
+    own = (3e-4, 7e-5)
+    assert [study.rates_of(variant) for variant in study.variants] == [(1e-3,)] * 2 + [own] * 2
+    assert not any("fifth" in note for note in study.notes)
+
+
 def test_test_split_is_judged_with_the_seed_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,7 @@ class BackboneComparison(StudySettings):
 
     For segmentation, with UperNet on both, for detection with Cascade Mask R-CNN; there with
     --pretraining-data also from weights that both get from the same minutes of classification,
-    which are spent first; these variants are trained at a fifth of the learning rates.
+    which are spent first; these variants have learning rates of their own.
     """
 
     name: ClassVar[str] = "backbone"
@@ -150,7 +150,8 @@ class BackboneComparison(StudySettings):
         if lessons:
             said = "; ".join(f"{name} {lesson}" for name, lesson in lessons.items())
             notes.append(f"Pretrained on {self.pretraining_data}: {said}.")
-            notes.append("The pretrained ones were trained at a fifth of the learning rates.")
+            if self.pretrained_learning_rates is None:
+                notes.append("The pretrained ones were trained at a fifth of the learning rates.")
         return self.study(variants, title=f"{vim} against {deit}, {self.task}", notes=notes)
 
     def _recipes(self) -> dict[str, AnyRecipe]:

@@ -55,7 +55,9 @@ class StudySettings:
     vim_tiny_cifar10; --data says where its data are. From drawn weights, also where the recipe has
     others. By default the plain one for such data."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    """Peak learning rates that every variant is tried at; pretrained ones at a fifth of each."""
+    """Peak learning rates that every variant from drawn weights is tried at."""
+    pretrained_learning_rates: tuple[float, ...] | None = None
+    """Peak learning rates of variants that begin with weights; None tries a fifth of each rate."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds that each variant is trained with at its best learning rate."""
     epochs: int | None = None
@@ -108,7 +110,9 @@ class StudySettings:
 
     @property
     def pretrained_rates(self) -> tuple[float, ...]:
-        """A fifth of the learning rates, for variants that begin with weights."""
+        """The learning rates of variants that begin with weights."""
+        if self.pretrained_learning_rates is not None:
+            return self.pretrained_learning_rates
         return tuple(float(f"{lr / _PRETRAINED_DIVISOR:g}") for lr in self.learning_rates)
 
     @property

@@ -22,7 +22,7 @@ class StrideComparison(StudySettings):
     """Fine-tune weights of a Vim and of a DeiT at half the stride and, as long, at their own.
 
     The patches keep their size and overlap; the difference between the two fine-tunes is what the
-    finer grid gains, and their times and memory what it costs. Rates are a fifth of those given.
+    finer grid gains, and their times and memory what it costs. Both have the rates of weights.
     """
 
     name: ClassVar[str] = "stride"
