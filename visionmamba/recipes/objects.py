@@ -51,9 +51,10 @@ def vim_large_objects() -> DetectionRecipe:
 
     Source: ours, after arXiv 2401.09417, figure 5.
     Run:    visionmamba train vim_large_objects --out runs/vim_large_objects
-    Cost:   not run to its end; a GPU's work.
+    Cost:   four minutes of one H200 that trained three others beside.
     Paper:  no numbers on such pictures.
-    Here:   not run to its end.
+    Here:   from drawn weights in bfloat16 63.2 ± 0.1 mask AP, 68.8 ± 0.4 box AP, two seeds; a
+            DeiT-Ti with windows 69.3 ± 0.5 and 74.3 ± 0.5 (docs/reproduction.md).
     """
     return DetectionRecipe(
         name="vim_large_objects",
