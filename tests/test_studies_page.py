@@ -12,6 +12,7 @@ from visionmamba.cli.options import parse
 from visionmamba.studies import Study, StudyResult
 from visionmamba.studies.backbone import BackboneComparison
 from visionmamba.studies.bidirectional import BidirectionalAblation
+from visionmamba.studies.choices import ChoicesAblation
 from visionmamba.studies.readout import ReadoutAblation
 from visionmamba.studies.stride import StrideComparison
 
@@ -23,6 +24,7 @@ KINDS = {
     ("ablate", "backbone"): BackboneComparison,
     ("ablate", "readout"): ReadoutAblation,
     ("ablate", "stride"): StrideComparison,
+    ("ablate", "choices"): ChoicesAblation,
     ("bench", "segmentation"): SegmentationSpeed,
 }
 

@@ -19,6 +19,7 @@ from visionmamba.recipes.segmentation import SegmentationRecipe
 from visionmamba.studies import Outcome, jobs, settings
 from visionmamba.studies.backbone import BackboneComparison, Lessons
 from visionmamba.studies.bidirectional import BidirectionalAblation
+from visionmamba.studies.choices import ChoicesAblation
 from visionmamba.studies.jobs import Job
 from visionmamba.studies.readout import ReadoutAblation
 from visionmamba.studies.settings import Task
@@ -355,6 +356,21 @@ def test_recipes_with_weights_are_compared_from_scratch(task: Task, recipe: str)
     assert all(one.name.endswith("from scratch") for one in variants)
 
 
+def test_each_choice_is_made_otherwise_alone() -> None:
+    study = ChoicesAblation().plan()
+    published, *others = (one.recipe for one in study.variants)
+    assert isinstance(published.model, VimConfig)
+    assert (published.model.norm, published.model.initialization) == ("rmsnorm", "published")
+    assert published.optimizer.decay_a_log
+    model, optimizer = published.model, published.optimizer
+    assert others == [
+        replace(published, model=replace(model, norm="layernorm")),
+        replace(published, model=replace(model, initialization="symmetric")),
+        replace(published, optimizer=replace(optimizer, decay_a_log=False)),
+    ]
+    assert [one.compared_with for one in study.variants] == [None, *["As published"] * 3]
+
+
 def test_command_is_repeatable_from_what_it_says(tmp_path: Path) -> None:
     chosen = BidirectionalAblation(rows=("none", "ssm"), seeds=(3,), jobs=4, cuda_graphs=True)
     assert chosen.command == (
@@ -373,6 +389,8 @@ def test_command_is_repeatable_from_what_it_says(tmp_path: Path) -> None:
         (("backbone", "--pretraining-data", "x"), "pretraining_data is for --task segmentation"),
         (("backbone", "--pretraining-minutes", "0"), "pretraining_minutes must be positive"),
         (("readout", "--rows"), "rows must be at least one of mean, max, head, double, middle"),
+        (("choices", "--rows"), "rows must be at least one of published, layernorm, symmetric, no"),
+        (("choices", "--task", "detection"), "choices is for --task classification"),
         (("readout", "--task", "segmentation"), "readout is for --task classification"),
         (("readout", "--recipe", "deit_tiny_cifar10"), "recipe must be one of a Vim for classific"),
         (("readout", "--recipe", "digits_vim", "--data", "."), "digits_vim has its own data"),

@@ -8,16 +8,25 @@ def ablate(given: list[str]) -> int:
     """Runs `visionmamba ablate`."""
     from visionmamba.studies.backbone import BackboneComparison
     from visionmamba.studies.bidirectional import BidirectionalAblation
+    from visionmamba.studies.choices import ChoicesAblation
     from visionmamba.studies.readout import ReadoutAblation
     from visionmamba.studies.stride import StrideComparison
 
     studies: dict[
-        str, type[BackboneComparison | BidirectionalAblation | ReadoutAblation | StrideComparison]
+        str,
+        type[
+            BackboneComparison
+            | BidirectionalAblation
+            | ChoicesAblation
+            | ReadoutAblation
+            | StrideComparison
+        ],
     ] = {
         "bidirectional": BidirectionalAblation,
         "readout": ReadoutAblation,
         "backbone": BackboneComparison,
         "stride": StrideComparison,
+        "choices": ChoicesAblation,
     }
     if not given or given[0] in ("-h", "--help"):
         print(f"usage: visionmamba ablate {{{','.join(studies)}}} [--help] ...")
