@@ -10,18 +10,10 @@ def ablate(given: list[str]) -> int:
     from visionmamba.studies.bidirectional import BidirectionalAblation
     from visionmamba.studies.choices import ChoicesAblation
     from visionmamba.studies.readout import ReadoutAblation
+    from visionmamba.studies.settings import StudySettings
     from visionmamba.studies.stride import StrideComparison
 
-    studies: dict[
-        str,
-        type[
-            BackboneComparison
-            | BidirectionalAblation
-            | ChoicesAblation
-            | ReadoutAblation
-            | StrideComparison
-        ],
-    ] = {
+    studies: dict[str, type[StudySettings]] = {
         "bidirectional": BidirectionalAblation,
         "readout": ReadoutAblation,
         "backbone": BackboneComparison,

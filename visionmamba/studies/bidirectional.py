@@ -1,18 +1,13 @@
 """The paper's table 4: what it takes to read the sequence in both directions."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from visionmamba.models import SegmenterConfig, VimConfig
 from visionmamba.models.config import Bidirectional
 from visionmamba.studies.jobs import AnyRecipe
 from visionmamba.studies.settings import StudySettings
 from visionmamba.studies.study import Study, Variant
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from visionmamba.studies.results import StudyResult
 
 _NAMES: dict[Bidirectional, str] = {
     "none": "None",
@@ -71,10 +66,6 @@ class BidirectionalAblation(StudySettings):
         ]
         notes = (f"Data: {self.data_name}; the paper's columns: ImageNet-1k and ADE20K.",)
         return self.study(variants, title=f"Bidirectional design, {self.task}", notes=notes)
-
-    def run(self, *, num_workers: int = 0, console: "Console | None" = None) -> "StudyResult":
-        """Trains what is not finished and returns the result; raises as `Study.run`."""
-        return self.plan().run(self.run_options(num_workers), console=console)
 
 
 def _with_direction(recipe: AnyRecipe, row: Bidirectional) -> AnyRecipe:

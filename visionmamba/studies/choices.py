@@ -1,7 +1,7 @@
 """What the authors left as they found it: norm, first step sizes, weight decay of A."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from visionmamba.models import VimConfig
 from visionmamba.models.config import Initialization, Norm
@@ -9,11 +9,6 @@ from visionmamba.recipes.recipe import Recipe
 from visionmamba.studies.jobs import AnyRecipe
 from visionmamba.studies.settings import StudySettings
 from visionmamba.studies.study import Study, Variant
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from visionmamba.studies.results import StudyResult
 
 Row = Literal["published", "layernorm", "symmetric", "no-decay"]
 
@@ -67,10 +62,6 @@ class ChoicesAblation(StudySettings):
             )
         notes = (f"Data: {self.data_name}.",)
         return self.study(variants, title="One choice made otherwise", notes=notes)
-
-    def run(self, *, num_workers: int = 0, console: "Console | None" = None) -> "StudyResult":
-        """Trains what is not finished and returns the result; raises as `Study.run`."""
-        return self.plan().run(self.run_options(num_workers), console=console)
 
 
 def _made_so(

@@ -1,16 +1,11 @@
 """The paper's table 5: where a classifier reads what the blocks have found."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from visionmamba.models import VimConfig
 from visionmamba.studies.settings import StudySettings
 from visionmamba.studies.study import Study, Variant
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from visionmamba.studies.results import StudyResult
 
 Row = Literal["mean", "max", "head", "double", "middle"]
 
@@ -63,7 +58,3 @@ class ReadoutAblation(StudySettings):
             )
         notes = (f"Data: {self.data_name}; the paper's column: ImageNet-1k.",)
         return self.study(variants, title="Classification design", notes=notes)
-
-    def run(self, *, num_workers: int = 0, console: "Console | None" = None) -> "StudyResult":
-        """Trains what is not finished and returns the result; raises as `Study.run`."""
-        return self.plan().run(self.run_options(num_workers), console=console)

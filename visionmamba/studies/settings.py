@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
@@ -22,6 +22,11 @@ from visionmamba.studies.jobs import AnyRecipe, Judged
 from visionmamba.studies.study import MetricTable, RunOptions, Study, Variant, with_epochs
 from visionmamba.tasks.detection_metrics import COLUMNS
 from visionmamba.training import Precision
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from visionmamba.studies.results import StudyResult
 
 Task = Literal["classification", "segmentation", "detection"]
 
@@ -128,6 +133,19 @@ class StudySettings:
             num_workers=num_workers,
             cuda_graphs=self.cuda_graphs,
         )
+
+    def plan(self) -> Study:
+        """Returns the study, of which nothing is trained yet.
+
+        Raises:
+            FileNotFoundError: there are no such data or weights.
+            ValueError: an option is out of range.
+        """
+        raise NotImplementedError
+
+    def run(self, *, num_workers: int = 0, console: "Console | None" = None) -> "StudyResult":
+        """Trains what is not finished and returns the result; raises as `Study.run`."""
+        return self.plan().run(self.run_options(num_workers), console=console)
 
     def vim_recipe(self) -> AnyRecipe:
         """Returns the recipe of the plain Vim on the data, with the options put in.

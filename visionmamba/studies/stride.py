@@ -2,16 +2,11 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from visionmamba.studies.backbone import classifiers_of
 from visionmamba.studies.settings import StudySettings
 from visionmamba.studies.study import Study, Variant
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from visionmamba.studies.results import StudyResult
 
 # arXiv 2401.09417, table 1: ImageNet-1k top-1 at 224 px, before and after 30 epochs at stride 8
 _PAPER = {"Vim-Ti": ("76.1", "78.3")}
@@ -72,7 +67,3 @@ class StrideComparison(StudySettings):
             f"{self.deit_weights}.",
         )
         return self.study(variants, title="Fine-tuned at half the stride", notes=notes)
-
-    def run(self, *, num_workers: int = 0, console: "Console | None" = None) -> "StudyResult":
-        """Trains what is not finished and returns the result; raises as `Study.run`."""
-        return self.plan().run(self.run_options(num_workers), console=console)
