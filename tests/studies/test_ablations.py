@@ -270,6 +270,7 @@ def test_pretrained_variants_have_the_rates_given_for_them(tmp_path: Path) -> No
         task="segmentation",
         data=str(tmp_path),
         learning_rates=(1e-3,),
+        pretraining_data=tmp_path,
         pretrained_learning_rates=(3e-4, 7e-5),
     ).plan({"Vim-Ti": lesson, "DeiT-Ti": lesson})
     own = (3e-4, 7e-5)
@@ -389,6 +390,8 @@ def test_command_is_repeatable_from_what_it_says(tmp_path: Path) -> None:
         (("backbone", "--pretraining-data", "x"), "pretraining_data is for --task segmentation"),
         (("backbone", "--pretraining-minutes", "0"), "pretraining_minutes must be positive"),
         (("readout", "--rows"), "rows must be at least one of mean, max, head, double, middle"),
+        (("backbone", "--pretrained-learning-rates", "1e-4"), "give that, too"),
+        (("choices", "--pretrained-learning-rates", "1e-4"), "--pretrained-learning-rates"),
         (("choices", "--rows"), "rows must be at least one of published, layernorm, symmetric, no"),
         (("choices", "--task", "detection"), "choices is for --task classification"),
         (("readout", "--task", "segmentation"), "readout is for --task classification"),

@@ -38,7 +38,7 @@ commands:
   convert IN OUT.safetensors    published weights as safetensors that eval and predict take
   info                          versions, devices, and which backend runs each operation
   demo                          train a small Vim beside a DeiT, measure both, write a report
-  ablate bidirectional|readout|backbone|stride --task TASK --out DIR
+  ablate bidirectional|readout|backbone|stride|choices --task TASK --out DIR
                                 the paper's tables 4 and 5; Vim against DeiT: variants trained over
                                 learning rates and seeds, or taken up where they were left
   bench efficiency|segmentation|detection|kernels|complexity|loader

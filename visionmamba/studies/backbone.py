@@ -21,7 +21,7 @@ from visionmamba.recipes.small_sets import vim_tiny_imagenette
 from visionmamba.studies.jobs import AnyRecipe, Job, Outcome
 from visionmamba.studies.overlays import draw_largest_objects
 from visionmamba.studies.pool import TrainingPool
-from visionmamba.studies.settings import StudySettings, Task
+from visionmamba.studies.settings import PretrainedStudySettings, StudySettings, Task
 from visionmamba.studies.study import RunOptions, Study, Variant, alone_in
 from visionmamba.tasks.detection_metrics import COLUMNS
 from visionmamba.training.checkpoint import replace_json
@@ -48,7 +48,7 @@ _TRIAL_EPOCHS = (1, 1, 5)  # the first builds kernels; the others differ by epoc
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneComparison(StudySettings):
+class BackboneComparison(PretrainedStudySettings):
     """Train a Vim and a DeiT of the same width under the same rules and compare them.
 
     For segmentation, with UperNet on both, for detection with Cascade Mask R-CNN; there with
@@ -88,6 +88,10 @@ class BackboneComparison(StudySettings):
         if self.task == "classification" and self.pretraining_data is not None:
             raise ValueError(
                 "pretraining_data is for --task segmentation and detection; leave it out"
+            )
+        if self.pretraining_data is None and self.pretrained_learning_rates is not None:
+            raise ValueError(
+                "pretrained_learning_rates is for what --pretraining-data pretrains; give that, too"
             )
         if self.task != "detection" and (self.window_size is not None or self.overlays):
             raise ValueError("window_size and overlays are for --task detection; leave them out")

@@ -6,7 +6,7 @@ from typing import ClassVar
 from visionmamba.models import SegmenterConfig, VimConfig
 from visionmamba.models.config import Bidirectional
 from visionmamba.studies.jobs import AnyRecipe
-from visionmamba.studies.settings import StudySettings
+from visionmamba.studies.settings import StudySettings, compared_with_first
 from visionmamba.studies.study import Study, Variant
 
 _NAMES: dict[Bidirectional, str] = {
@@ -54,18 +54,18 @@ class BidirectionalAblation(StudySettings):
         if not self.rows:
             raise ValueError("rows must be at least one of none, sequence, layer, ssm, ssm+conv")
         plain = self.vim_recipe()
-        first = _NAMES[self.rows[0]]
         variants = [
             Variant(
                 name=_NAMES[row],
                 recipe=_with_direction(plain, row),
-                compared_with=None if _NAMES[row] == first else first,
                 paper=dict(zip(("ImageNet top-1", "ADE20K mIoU"), _PAPER[row], strict=True)),
             )
             for row in self.rows
         ]
         notes = (f"Data: {self.data_name}; the paper's columns: ImageNet-1k and ADE20K.",)
-        return self.study(variants, title=f"Bidirectional design, {self.task}", notes=notes)
+        return self.study(
+            compared_with_first(variants), title=f"Bidirectional design, {self.task}", notes=notes
+        )
 
 
 def _with_direction(recipe: AnyRecipe, row: Bidirectional) -> AnyRecipe:

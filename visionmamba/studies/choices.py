@@ -7,7 +7,7 @@ from visionmamba.models import VimConfig
 from visionmamba.models.config import Initialization, Norm
 from visionmamba.recipes.recipe import Recipe
 from visionmamba.studies.jobs import AnyRecipe
-from visionmamba.studies.settings import StudySettings
+from visionmamba.studies.settings import StudySettings, compared_with_first
 from visionmamba.studies.study import Study, Variant
 
 Row = Literal["published", "layernorm", "symmetric", "no-decay"]
@@ -49,7 +49,6 @@ class ChoicesAblation(StudySettings):
         if not self.rows:
             raise ValueError(f"rows must be at least one of {', '.join(_ROWS)}")
         plain = self.vim_recipe()
-        first, _ = _ROWS[self.rows[0]]
         variants = []
         for row in self.rows:
             name, made = _ROWS[row]
@@ -57,11 +56,12 @@ class ChoicesAblation(StudySettings):
                 Variant(
                     name=name,
                     recipe=_made_so(plain, **made),
-                    compared_with=None if name == first else first,
                 )
             )
         notes = (f"Data: {self.data_name}.",)
-        return self.study(variants, title="One choice made otherwise", notes=notes)
+        return self.study(
+            compared_with_first(variants), title="One choice made otherwise", notes=notes
+        )
 
 
 def _made_so(

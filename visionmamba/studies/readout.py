@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from visionmamba.models import VimConfig
-from visionmamba.studies.settings import StudySettings
+from visionmamba.studies.settings import StudySettings, compared_with_first
 from visionmamba.studies.study import Study, Variant
 
 Row = Literal["mean", "max", "head", "double", "middle"]
@@ -44,7 +44,6 @@ class ReadoutAblation(StudySettings):
             raise ValueError(f"rows must be at least one of {', '.join(_PAPER)}")
         plain = self.vim_recipe()
         assert isinstance(plain.model, VimConfig)
-        first, _ = _PAPER[self.rows[0]]
         variants = []
         for row in self.rows:
             name, published = _PAPER[row]
@@ -52,9 +51,8 @@ class ReadoutAblation(StudySettings):
                 Variant(
                     name=name,
                     recipe=replace(plain, model=replace(plain.model, readout=row)),
-                    compared_with=None if name == first else first,
                     paper={"ImageNet top-1": published},
                 )
             )
         notes = (f"Data: {self.data_name}; the paper's column: ImageNet-1k.",)
-        return self.study(variants, title="Classification design", notes=notes)
+        return self.study(compared_with_first(variants), title="Classification design", notes=notes)

@@ -60,9 +60,7 @@ class StudySettings:
     vim_tiny_cifar10; --data says where its data are. From drawn weights, also where the recipe has
     others. By default the plain one for such data."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    """Peak learning rates that every variant from drawn weights is tried at."""
-    pretrained_learning_rates: tuple[float, ...] | None = None
-    """Peak learning rates of variants that begin with weights; None tries a fifth of each rate."""
+    """Peak learning rates that every variant is tried at; those with weights may have their own."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds that each variant is trained with at its best learning rate."""
     epochs: int | None = None
@@ -112,13 +110,6 @@ class StudySettings:
     def data_name(self) -> str:
         """The data asked for, or those that are there without a download."""
         return self.data or self.recipe or next(iter(_drawn(self.task)))
-
-    @property
-    def pretrained_rates(self) -> tuple[float, ...]:
-        """The learning rates of variants that begin with weights."""
-        if self.pretrained_learning_rates is not None:
-            return self.pretrained_learning_rates
-        return tuple(float(f"{lr / _PRETRAINED_DIVISOR:g}") for lr in self.learning_rates)
 
     @property
     def command(self) -> str:
@@ -230,6 +221,27 @@ class StudySettings:
             command=self.command,
             out=self.out,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedStudySettings(StudySettings):
+    """Options of studies that have variants which begin with weights."""
+
+    pretrained_learning_rates: tuple[float, ...] | None = None
+    """Peak learning rates of variants that begin with weights; None tries a fifth of each rate."""
+
+    @property
+    def pretrained_rates(self) -> tuple[float, ...]:
+        """The learning rates of variants that begin with weights."""
+        if self.pretrained_learning_rates is not None:
+            return self.pretrained_learning_rates
+        return tuple(float(f"{lr / _PRETRAINED_DIVISOR:g}") for lr in self.learning_rates)
+
+
+def compared_with_first(variants: Sequence[Variant]) -> list[Variant]:
+    """Returns the variants, all but the first compared with it."""
+    first, *others = variants
+    return [first, *(replace(other, compared_with=first.name) for other in others)]
 
 
 def _trains_a_vim(recipe: AnyRecipe, task: Task) -> bool:

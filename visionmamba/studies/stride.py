@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from visionmamba.studies.backbone import classifiers_of
-from visionmamba.studies.settings import StudySettings
+from visionmamba.studies.settings import PretrainedStudySettings
 from visionmamba.studies.study import Study, Variant
 
 # arXiv 2401.09417, table 1: ImageNet-1k top-1 at 224 px, before and after 30 epochs at stride 8
@@ -13,7 +13,7 @@ _PAPER = {"Vim-Ti": ("76.1", "78.3")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrideComparison(StudySettings):
+class StrideComparison(PretrainedStudySettings):
     """Fine-tune weights of a Vim and of a DeiT at half the stride and, as long, at their own.
 
     The patches keep their size and overlap; the difference between the two fine-tunes is what the
