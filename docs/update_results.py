@@ -17,7 +17,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
 DOCUMENTS = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{page}.md" for page in ("reproduction", "kernels", "segmentation")),
+    *(DOCS / f"{page}.md" for page in ("reproduction", "kernels", "segmentation", "detection")),
 )
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 TASKS = {"infer_cases": "inference", "train_cases": "training"}
