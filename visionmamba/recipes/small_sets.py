@@ -1,7 +1,8 @@
 """Vim-Ti and DeiT-Ti from scratch on CIFAR-10 and Imagenette: DeiT's training, scaled down.
 
 For comparing backbones without ImageNet: minutes of one GPU a run. Everything but the model is
-equal. Pictures are read from folders, `root/{train,val}/CLASS/*`, and stay on the device.
+equal, and there is no drop path: such small sets are underfitted as it is. Pictures are read from
+folders, `root/{train,val}/CLASS/*`, and stay on the device.
 """
 
 from pathlib import Path
@@ -12,7 +13,6 @@ from visionmamba.recipes.recipe import Recipe
 from visionmamba.training import OptimizerConfig
 
 _MIXING = Mixing(mixup=0.8, cutmix=1.0)
-_DROP_PATH = 0.1
 
 
 def vim_tiny_cifar10(root: Path | str = "cifar10") -> Recipe:
@@ -24,7 +24,7 @@ def vim_tiny_cifar10(root: Path | str = "cifar10") -> Recipe:
     """
     return _cifar10(
         "vim_tiny_cifar10",
-        VimConfig.tiny(image_size=32, patch_size=4, drop_path=_DROP_PATH),
+        VimConfig.tiny(image_size=32, patch_size=4),
         root,
     )
 
@@ -38,7 +38,7 @@ def deit_tiny_cifar10(root: Path | str = "cifar10") -> Recipe:
     """
     return _cifar10(
         "deit_tiny_cifar10",
-        DeiTConfig.tiny(image_size=32, patch_size=4, drop_path=_DROP_PATH),
+        DeiTConfig.tiny(image_size=32, patch_size=4),
         root,
     )
 
@@ -50,9 +50,7 @@ def vim_tiny_imagenette(root: Path | str = "imagenette") -> Recipe:
     Run:    visionmamba train vim_tiny_imagenette --data.root IMAGENETTE --out runs/vim_imagenette
     Here:   not run.
     """
-    return _imagenette(
-        "vim_tiny_imagenette", VimConfig.tiny(image_size=160, drop_path=_DROP_PATH), root
-    )
+    return _imagenette("vim_tiny_imagenette", VimConfig.tiny(image_size=160), root)
 
 
 def deit_tiny_imagenette(root: Path | str = "imagenette") -> Recipe:
@@ -62,9 +60,7 @@ def deit_tiny_imagenette(root: Path | str = "imagenette") -> Recipe:
     Run:    visionmamba train deit_tiny_imagenette --data.root IMAGENETTE --out runs/deit_imagenette
     Here:   not run.
     """
-    return _imagenette(
-        "deit_tiny_imagenette", DeiTConfig.tiny(image_size=160, drop_path=_DROP_PATH), root
-    )
+    return _imagenette("deit_tiny_imagenette", DeiTConfig.tiny(image_size=160), root)
 
 
 def _cifar10(name: str, model: VimConfig | DeiTConfig, root: Path | str) -> Recipe:
