@@ -308,7 +308,7 @@ def test_unknown_choice_names_the_valid_ones(capsys: Output) -> None:
     assert main(["train", "digits_vim", "--out", "x", "--model.readout", "tail"]) == 2
     assert complaint(capsys).startswith(
         "invalid choice 'tail' for argument '--model.readout'. Expected one of "
-        "('middle', 'head', 'double', 'mean', 'max', 'last')"
+        "('middle', 'head', 'double', 'registers', 'mean', 'max', 'last')"
     )
 
 

@@ -189,7 +189,7 @@ def test_class_token_that_a_detector_did_not_have_is_missed(tmp_path):
         (
             replace(VIM, readout="mean"),
             VIM,
-            "readout 'middle' needs 1 class token.* holds 0; take a readout without class token",
+            "readout 'middle' needs 1 class token.* holds 0 class token.*; take a readout",
         ),
     ],
 )

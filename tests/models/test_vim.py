@@ -9,7 +9,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionmamba import BidirectionalMixer, Vim, VimBlock, VimConfig
-from visionmamba.models.embed import PositionEmbedding, class_token_positions, rotate_tokens
+from visionmamba.models.embed import (
+    PositionEmbedding,
+    class_token_positions,
+    num_class_tokens,
+    rotate_tokens,
+)
 
 SMALL = {"image_size": 32, "patch_size": 8, "d_model": 16, "depth": 4, "num_classes": 5}
 SAME = 1e-5  # float32 rounding through four layers
@@ -43,20 +48,21 @@ def test_sides_that_do_not_fit_are_refused_when_configured():
 
 @pytest.mark.parametrize("readout", ["middle", "head", "double", "mean"])
 def test_resized_positions_keep_class_token_rows(readout):
-    positions = PositionEmbedding((4, 4), 6, readout)
+    config = VimConfig(d_model=6, readout=readout, num_registers=3)
+    positions = PositionEmbedding((4, 4), config)
     with torch.no_grad():
         positions.weight[:] = 1.0
-        for position in class_token_positions(readout, 16):
+        for position in class_token_positions(config, 16):
             positions.weight[:, position] = 7.0
     resized = positions((5, 9))
-    expected = torch.ones(1, 45 + len(class_token_positions(readout, 16)), 6)
-    for position in class_token_positions(readout, 45):
+    expected = torch.ones(1, 45 + num_class_tokens(config), 6)
+    for position in class_token_positions(config, 45):
         expected[:, position] = 7.0
     torch.testing.assert_close(resized, expected)
 
 
 def test_resized_positions_follow_the_weights():
-    positions = PositionEmbedding((4, 4), 6, "middle")
+    positions = PositionEmbedding((4, 4), VimConfig(d_model=6))
     with torch.no_grad():
         before = positions((6, 6)).clone()
         assert positions((6, 6)) is positions((6, 6))
@@ -79,7 +85,8 @@ def test_features_are_maps_of_the_grid():
 def test_normed_features_of_the_last_block_are_forward_features(readout):
     model, images = small(readout=readout), torch.randn(2, 3, 32, 32)
     tokens = model.forward_features(images)
-    kept = [i for i in range(tokens.shape[1]) if i not in class_token_positions(readout, 16)]
+    places = class_token_positions(model.config, 16)
+    kept = [i for i in range(tokens.shape[1]) if i not in places]
     expected = tokens[:, kept].transpose(1, 2).reshape(2, 16, 4, 4)
     torch.testing.assert_close(model.features(images, [3], kind="normed")[0], expected)
 

@@ -368,8 +368,9 @@ def test_each_choice_is_made_otherwise_alone() -> None:
         replace(published, model=replace(model, norm="layernorm")),
         replace(published, model=replace(model, initialization="symmetric")),
         replace(published, optimizer=replace(optimizer, decay_a_log=False)),
+        replace(published, model=replace(model, readout="registers", num_registers=12)),
     ]
-    assert [one.compared_with for one in study.variants] == [None, *["As published"] * 3]
+    assert [one.compared_with for one in study.variants] == [None, *["As published"] * 4]
 
 
 def test_command_is_repeatable_from_what_it_says(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from visionmamba.models.config import Readout, VimConfig
+from visionmamba.models.config import VimConfig
 from visionmamba.models.embed import (
     class_token_positions,
     insert_tokens,
+    num_class_tokens,
     resize_grid,
     split_tokens,
 )
@@ -114,20 +115,22 @@ def build_fitted(
         key = "patch_embedding.weight"
         fitted[key] = fit_channels(fitted[key], wanted.in_channels)
         changes.append(_channels_change(held.in_channels, wanted.in_channels))
-    old_tokens, new_tokens = num_class_tokens(held.readout), num_class_tokens(wanted.readout)
-    if new_tokens not in (0, old_tokens):
-        raise ValueError(
-            f"readout {wanted.readout!r} needs {new_tokens} class token(s) and {name} holds "
-            f"{old_tokens}; take a readout without class token, or train one"
-        )
-    if new_tokens < old_tokens:
-        fitted.pop("class_token", None)
-        changes.append(f"class token dropped for readout {wanted.readout!r}")
+    if not have_same_tokens(held, wanted):
+        needed, found = _tokens_in_words(wanted), _tokens_in_words(held)
+        if num_class_tokens(wanted):
+            raise ValueError(
+                f"readout {wanted.readout!r} needs {needed} and {name} holds {found}; take a "
+                "readout without class token, or train one"
+            )
+        parts = ("class_token", "register_readout.")
+        fitted = {key: t for key, t in fitted.items() if not key.startswith(parts)}
+        what = found if held.readout == "registers" else "class token"
+        changes.append(f"{what} dropped for readout {wanted.readout!r}")
     key = "position_embedding.weight"
     if key in fitted:
-        old = source_grid, class_token_positions(held.readout, math.prod(source_grid))
+        old = source_grid, class_token_positions(held, math.prod(source_grid))
         grid = patch_grid(wanted)
-        new = grid, class_token_positions(wanted.readout, math.prod(grid))
+        new = grid, class_token_positions(wanted, math.prod(grid))
         if old != new:
             fitted[key] = fit_positions(fitted[key], old, new, resize)
         if grid != source_grid:
@@ -137,9 +140,9 @@ def build_fitted(
     return model.eval(), tuple(changes)
 
 
-def num_class_tokens(readout: Readout) -> int:
-    """Return how many class tokens a readout has."""
-    return len(class_token_positions(readout, 0))
+def have_same_tokens(one: VimConfig, other: VimConfig) -> bool:
+    """Return whether the class tokens of one can be the other's, or its registers the other's."""
+    return _tokens_in_words(one) == _tokens_in_words(other)
 
 
 def fit_positions(rows: Tensor, old: Layout, new: Layout, resize: Resize = "grid") -> Tensor:
@@ -196,6 +199,11 @@ def _refuse_other_blocks(source: VimConfig, target: VimConfig) -> None:
             f"the weights have {held}, which loading cannot change; got layer_scale "
             f"{target.layer_scale!r}: leave layer_scale out"
         )
+
+
+def _tokens_in_words(config: VimConfig) -> str:
+    what = "register(s)" if config.readout == "registers" else "class token(s)"
+    return f"{num_class_tokens(config)} {what}"
 
 
 def _head_change(old: int, new: int) -> str:

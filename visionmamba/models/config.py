@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Bidirectional = Literal["none", "sequence", "layer", "ssm", "ssm+conv"]
 MixerKind = Literal["none", "ssm", "ssm+conv"]
-Readout = Literal["middle", "head", "double", "mean", "max", "last"]
+Readout = Literal["middle", "head", "double", "registers", "mean", "max", "last"]
 Norm = Literal["rmsnorm", "layernorm"]
 PositionEmbedding = Literal["learned", "none"]
 Rope = Literal["none", "tokens", "tokens+residual"]
@@ -90,6 +90,7 @@ class VimInnerOptions(TypedDict, total=False):
     inner_mixer: MixerKind
     sequence_flip_probability: float
     readout: Readout
+    num_registers: int
     halve_directions: bool
     norm: Norm
     norm_eps: float
@@ -163,7 +164,13 @@ class VimConfig:
     readout: Readout = "middle"
     """What the classifier reads (paper, table 5): the class token in the middle, at the head, or
     the mean of one at either end; without class token the mean of all tokens, the maximum of the
-    per-token logits, or the last token."""
+    per-token logits, or the last token. Beyond the paper, "registers" puts learned tokens evenly
+    among the patches in place of the class token and reads all of them, each reduced to
+    d_model / num_registers values by one linear layer (Mamba-Reg, arXiv 2405.14858, whose small and
+    base models divide by 2 and by 4 only and give the classifier 6 and 3 times d_model)."""
+    num_registers: int = 12
+    """Used by readout "registers" only, where it must divide d_model; 12 in Mamba-Reg's models of
+    these sizes."""
     halve_directions: bool = True
     """Halve the sum of both directions (published div2); acts in "ssm+conv" only, as published."""
     norm: Norm = "rmsnorm"
@@ -220,6 +227,7 @@ class VimConfig:
             "d_state",
             "d_conv",
             "expand",
+            "num_registers",
         ):
             _check_positive_int(name, getattr(self, name))
         _check_positive_int("rope_reference_grid", self.rope_reference_grid)
@@ -252,6 +260,12 @@ class VimConfig:
             )
         if self.rope != "none" and self.d_model % 4:
             raise ValueError(f"rope needs d_model to be a multiple of 4; got {self.d_model}")
+        if self.readout == "registers" and self.d_model % self.num_registers:
+            raise ValueError(
+                f"num_registers must divide d_model {self.d_model}, as each register gives the "
+                f"classifier d_model / num_registers values; got {self.num_registers}: take "
+                f"{_nearest_divisor(self.d_model, self.num_registers)}, or another d_model"
+            )
         if self.inner_mixer != "none" and self.bidirectional not in ("layer", "sequence"):
             raise ValueError(
                 'inner_mixer is for bidirectional "layer" or "sequence"; '
@@ -327,6 +341,11 @@ def _is_int(value: object) -> bool:
 def _check_positive_int(name: str, value: object, *, also: str = "") -> None:
     if not _is_int(value) or value < 1:  # type: ignore[operator]
         raise ValueError(f"{name} must be {also}an int of at least 1; got {value!r}")
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = (one for one in range(1, number + 1) if number % one == 0)
+    return min(divisors, key=lambda one: abs(one - wanted))
 
 
 # Defaults of the authors' VisionMamba.__init__ (hustvl/Vim dd0358a, models_mamba.py).

@@ -299,6 +299,7 @@ def _bare_backbone(config: DetectorConfig) -> Vim | WindowedDeiT:
         )
     backbone = config.backbone.build()
     backbone.norm = nn.Identity()  # type: ignore[assignment]
+    backbone.register_readout = None
     return backbone
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers.weight_init import lecun_normal_
 from torch import Tensor, nn
 
-from visionmamba.models.config import PartialPatches, Readout, RopeLayout
+from visionmamba.models.config import PartialPatches, RopeLayout, VimConfig
 from visionmamba.ops import activation_dtype, cut_patches
 
 CACHED_GRIDS = 8
@@ -105,8 +105,11 @@ class PatchEmbedding(nn.Module):
         return self.patch_size + -(-beyond_first // self.stride) * self.stride
 
 
-def class_token_positions(readout: Readout, num_patches: int) -> tuple[int, ...]:
-    """Return where class tokens stand in the whole sequence, ascending; empty without any."""
+def class_token_positions(config: VimConfig, num_patches: int) -> tuple[int, ...]:
+    """Return where class tokens or registers stand in the whole sequence, ascending, if any."""
+    readout = config.readout
+    if readout == "registers":
+        return register_positions(num_patches, config.num_registers)
     if readout == "middle":
         return (num_patches // 2,)
     if readout == "head":
@@ -114,6 +117,29 @@ def class_token_positions(readout: Readout, num_patches: int) -> tuple[int, ...]
     if readout == "double":
         return (0, num_patches + 1)
     return ()
+
+
+def num_class_tokens(config: VimConfig) -> int:
+    """Return how many class tokens or registers there are."""
+    return len(class_token_positions(config, 0))
+
+
+def register_positions(num_patches: int, num_registers: int) -> tuple[int, ...]:
+    """Return where registers stand in the whole sequence, ascending.
+
+    They cut the patches into num_registers + 1 runs: before register k of R, counted from 1, are
+    k N / (R + 1) of the N patches, rounded to the nearest, a half away from the middle. So runs
+    differ by one patch at most, and the places are the same from either end; only where registers
+    and patches are both odd in number does the middle register stand half a patch before the
+    middle, as the class token of readout "middle" does. Mamba-Reg's code gives N // (R + 1) patches
+    to every run and the rest to the last.
+    """
+    runs = num_registers + 1
+    first_half = [
+        (2 * k * num_patches + num_registers) // (2 * runs) for k in range(1, runs // 2 + 1)
+    ]
+    second_half = [num_patches - before for before in reversed(first_half[: num_registers // 2])]
+    return tuple(before + k for k, before in enumerate((*first_half, *second_half)))
 
 
 def insert_tokens(patches: Tensor, tokens: Tensor, positions: tuple[int, ...]) -> Tensor:
@@ -147,12 +173,12 @@ class PositionEmbedding(nn.Module):
     tokens stand then.
     """
 
-    def __init__(self, grid: tuple[int, int], d_model: int, readout: Readout) -> None:
+    def __init__(self, grid: tuple[int, int], config: VimConfig) -> None:
         super().__init__()
         self.grid = grid
-        self.readout = readout
-        positions = class_token_positions(readout, grid[0] * grid[1])
-        self.weight = nn.Parameter(torch.empty(1, grid[0] * grid[1] + len(positions), d_model))
+        self.config = config
+        num_tokens = grid[0] * grid[1] + num_class_tokens(config)
+        self.weight = nn.Parameter(torch.empty(1, num_tokens, config.d_model))
         self._resized: dict[tuple[object, ...], Tensor] = {}
         self.reset_parameters()
 
@@ -181,12 +207,10 @@ class PositionEmbedding(nn.Module):
         return self._resized[key]
 
     def _resize(self, grid: tuple[int, int]) -> Tensor:
-        positions = class_token_positions(self.readout, self.grid[0] * self.grid[1])
+        positions = class_token_positions(self.config, self.grid[0] * self.grid[1])
         patches, tokens = split_tokens(self.weight, positions)
         resized = resize_grid(patches, self.grid, grid)
-        return insert_tokens(
-            resized, tokens, class_token_positions(self.readout, grid[0] * grid[1])
-        )
+        return insert_tokens(resized, tokens, class_token_positions(self.config, grid[0] * grid[1]))
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_resized": {}}  # caches are not copied or pickled

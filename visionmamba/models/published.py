@@ -20,10 +20,11 @@ from visionmamba.models.adapt import (
     Origin,
     Resize,
     build_fitted,
-    num_class_tokens,
+    have_same_tokens,
     patch_grid,
 )
 from visionmamba.models.config import VimConfig, VimOptions
+from visionmamba.models.embed import num_class_tokens
 from visionmamba.models.published_file import Checkpoint, Which, read_checkpoint
 from visionmamba.models.vim import Vim
 from visionmamba.models.weights import WeightsHeader
@@ -70,7 +71,7 @@ def load_published(
     held = VimConfig(**{name: value for name, (value, _) in facts.items()})
     wanted = replace(held, **config_overrides)
     is_told = facts["readout"][1] != "assumed"
-    if not is_told and num_class_tokens(wanted.readout) == num_class_tokens(held.readout):
+    if not is_told and have_same_tokens(wanted, held):
         held = replace(held, readout=wanted.readout)
     model, changes = build_fitted(
         published_to_ours(checkpoint.state),
@@ -135,7 +136,7 @@ def _understand(
     readout, has_rope = facts["readout"][0], "rope.freqs_cos" in state
     grid = None
     if "pos_embed" in state:
-        num_patches = state["pos_embed"].shape[1] - num_class_tokens(readout)
+        num_patches = state["pos_embed"].shape[1] - num_class_tokens(VimConfig(readout=readout))
         grid = _square(num_patches) or _grid_of_overrides(facts, overrides, num_patches)
         if grid is None:
             raise ValueError(
@@ -255,7 +256,9 @@ def _facts_from_args(
     if found["rope"]:
         told["rope"] = "tokens+residual" if found["residual"] else "tokens"
         told["rope_layout"] = "published"
-    same_tokens = num_class_tokens(told["readout"]) == num_class_tokens(facts["readout"][0])
+    same_tokens = have_same_tokens(
+        VimConfig(readout=told["readout"]), VimConfig(readout=facts["readout"][0])
+    )
     if patch != facts["patch_size"][0] or not same_tokens or grid not in (None, (cells, cells)):
         return {}, (f"args.model {name!r} does not fit the shapes and was not used",)
     return {option: (value, "args") for option, value in told.items()}, ()

@@ -231,6 +231,8 @@ def bare_backbone(config: SegmenterConfig) -> Vim | DeiT:
     backbone = config.backbone.build()
     if "normed" not in feature_kinds(config):
         backbone.norm = nn.Identity()
+    if isinstance(backbone, Vim):
+        backbone.register_readout = None
     return backbone
 
 

@@ -26,7 +26,7 @@ from visionmamba.models.hub import find_weights
 from visionmamba.models.published import load_published
 from visionmamba.models.published_file import Which, read_checkpoint
 from visionmamba.models.segmentation import SegmentationModel, SegmenterConfig
-from visionmamba.models.vim import Vim
+from visionmamba.models.vim import RegisterReadout, Vim
 from visionmamba.models.weights import (
     METADATA_KEY,
     WeightsHeader,
@@ -50,7 +50,7 @@ def load_backbone(
 
     The position embedding is resized to the backbone's image_size with the rows of class tokens
     kept apart, wherever they stand; class tokens that the backbone does not have are dropped with
-    their rows, as are a classifier and a norm that nothing reads.
+    their rows, as are a classifier, a norm and a read-out of registers that nothing reads.
 
     Args:
         model: a SegmentationModel, a DetectionModel or any module with one Vim or DeiT inside, such
@@ -78,7 +78,7 @@ def load_backbone(
     else:
         state, report = _start_deit(path, backbone, is_ours, which)
     wanted = backbone.state_dict()
-    left_out = ("head.", "norm.")  # unless wanted
+    left_out = ("head.", "norm.", "register_readout.")  # unless wanted
     fitted = {k: t for k, t in state.items() if k in wanted or not k.startswith(left_out)}
     # a new classifier, if the model has one, stays
     fitted |= {k: t for k, t in wanted.items() if k.startswith("head.")}
@@ -204,7 +204,7 @@ def _start_deit(path: Path, deit: DeiT, is_ours: bool, which: Which) -> _Started
 def _read_ours(path: Path) -> tuple[VimConfig | DeiTConfig, dict[str, Tensor]]:
     """Return configuration and tensors of the backbone in a file of this package, without head.
 
-    Norms that a segmenter or a detector did not have are those of a fresh model, ones and zeros.
+    A norm and a read-out of registers that a segmenter or a detector did not have are fresh.
     """
     header, state = read_header(path), read_tensors(path)
     held = backbone_config_of(header, path)
@@ -217,6 +217,9 @@ def _read_ours(path: Path) -> tuple[VimConfig | DeiTConfig, dict[str, Tensor]]:
     for name, tensor in norm.items():
         fill = torch.ones if name == "weight" else torch.zeros
         state.setdefault(f"norm.{name}", fill(tensor.shape))
+    if isinstance(plain, VimConfig) and plain.readout == "registers":
+        fresh = RegisterReadout(plain).state_dict()
+        state = {f"register_readout.{name}": tensor for name, tensor in fresh.items()} | state
     return plain, state
 
 
@@ -237,6 +240,7 @@ def _options_of_shapes(config: VimConfig) -> VimOptions:
         "bidirectional": config.bidirectional,
         "inner_mixer": config.inner_mixer,
         "readout": config.readout,
+        "num_registers": config.num_registers,
         "norm": config.norm,
         "layer_scale": config.layer_scale,
         "position_embedding": config.position_embedding,

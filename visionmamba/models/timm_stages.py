@@ -63,6 +63,7 @@ class VimStages(nn.Sequential):
         blocks, per_step = vim.blocks, vim.blocks_per_step
         vim.blocks = nn.ModuleList()
         vim.add_module("norm", ResidualSum())
+        vim.register_readout = None
         stages: OrderedDict[str, nn.Module] = OrderedDict(embedding=_Embedding(vim))
         for step in range(len(vim.feature_info)):
             stages[f"stage{step}"] = _Stage(

@@ -25,7 +25,7 @@ from visionmamba.models.config import VimConfig, VimInnerOptions, refuse_unknown
 from visionmamba.models.embed import (
     PatchEmbedding,
     PositionEmbedding,
-    class_token_positions,
+    num_class_tokens,
     split_tokens,
 )
 from visionmamba.models.mixer import BidirectionalMixer
@@ -47,8 +47,9 @@ class TimmVim(Vim):
 
     Args:
         config: all options, with a read-out of class tokens or the mean of all tokens.
-        global_pool: what the classifier reads: the class tokens' mean, a pool over the patches,
-            or every token (""); None follows the read-out.
+        global_pool: what the classifier reads: the class tokens' mean or what their read-out makes
+            of registers, a pool over the patches (not beside registers), or every token (""); None
+            follows the read-out.
         drop_rate: dropout before the classifier.
     """
 
@@ -62,7 +63,7 @@ class TimmVim(Vim):
                 "'double' or 'mean', or visionmamba.Vim"
             )
         self.embed_dim = self.num_features = self.head_hidden_size = config.d_model
-        self.num_prefix_tokens = len(class_token_positions(config.readout, 0))
+        self.num_prefix_tokens = num_class_tokens(config)
         self.has_class_token = self.num_prefix_tokens > 0
         self.head_drop = nn.Dropout(drop_rate)
         self.feature_info = [
@@ -108,7 +109,9 @@ class TimmVim(Vim):
             tokens: (B, num_prefix_tokens + h * w, D).
             pre_logits: return what the classifier would read instead.
         """
-        if self.global_pool == "token":
+        if self.register_readout is not None and self.global_pool == "token":
+            tokens = self.register_readout(tokens[:, : self.num_prefix_tokens])
+        elif self.global_pool == "token":
             tokens = tokens[:, : self.num_prefix_tokens].mean(dim=1)
         else:
             tokens = global_pool_nlc(tokens, self.global_pool, self.num_prefix_tokens)
@@ -188,7 +191,7 @@ class TimmVim(Vim):
         Args:
             indices: as in forward_intermediates.
             prune_norm: remove the final norm.
-            prune_head: remove the classifier and the pooling.
+            prune_head: remove the classifier, the pooling and a read-out of registers.
         """
         num_steps = len(self.blocks) // self.blocks_per_step
         wanted, last = feature_take_indices(num_steps, indices)  # type: ignore[arg-type]
@@ -199,6 +202,7 @@ class TimmVim(Vim):
             self.add_module("norm", ResidualSum())
         if prune_head:
             self.reset_classifier(0, "")
+            self.register_readout = None
         return list(wanted)
 
     def get_classifier(self) -> nn.Linear | nn.Identity:
@@ -254,7 +258,11 @@ class TimmVim(Vim):
         self.load_state_dict(fitted.state_dict())
 
     def _set_global_pool(self, global_pool: GlobalPool) -> None:
-        choices = [one for one in get_args(GlobalPool) if one != "token" or self.has_class_token]
+        choices: tuple[str, ...] = get_args(GlobalPool)
+        if self.register_readout is not None:
+            choices = ("token", "")
+        elif not self.has_class_token or self.config.readout == "registers":
+            choices = ("avg", "avgmax", "max", "")
         if global_pool not in choices:
             raise ValueError(
                 f"global_pool must be one of {', '.join(map(repr, choices))} with readout "
@@ -339,7 +347,7 @@ def adapt_weights(state_dict: Mapping[str, Tensor], model: TimmVim) -> dict[str,
     wanted = model.position_embedding
     if wanted is not None and key in adapted and adapted[key].shape != wanted.weight.shape:
         side = math.isqrt(adapted[key].shape[1] - model.num_prefix_tokens)
-        held = PositionEmbedding((side, side), model.embed_dim, model.config.readout)
+        held = PositionEmbedding((side, side), model.config)
         held.load_state_dict({"weight": adapted[key]})
         with torch.no_grad():
             adapted[key] = held(wanted.grid)

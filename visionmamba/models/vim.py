@@ -19,6 +19,7 @@ from visionmamba.models.embed import (
     PositionEmbedding,
     class_token_positions,
     insert_tokens,
+    num_class_tokens,
     rotate_tokens,
     split_tokens,
 )
@@ -33,7 +34,7 @@ class SequenceLayout(NamedTuple):
     grid: tuple[int, int]
     """Rows and columns of patches (h, w)."""
     positions: tuple[int, ...]
-    """Where the class tokens stand, ascending."""
+    """Where the class tokens (or registers) stand, ascending."""
     flipped: bool = False
     """Whether the sequence runs from the picture's last token to its first."""
 
@@ -72,6 +73,29 @@ class ResidualNorm(nn.Module):
             self.eps,
         )
         return normed.to(branch.dtype), residual
+
+
+class RegisterReadout(nn.Module):
+    """Turn registers into what the classifier reads, as Mamba-Reg does (arXiv 2405.14858).
+
+    One linear layer without bias reduces each register to D / R values; these are concatenated, the
+    first register's first, and, as in its published code, normalised together.
+
+    Args:
+        config: of the Vim, with readout "registers".
+    """
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.reduction = nn.Linear(width, width // config.num_registers, bias=False)
+        self.norm = ResidualNorm(width, kind=config.norm, eps=config.norm_eps)
+        nn.init.trunc_normal_(self.reduction.weight, std=0.02)
+
+    def forward(self, registers: Tensor) -> Tensor:
+        """Return (B, D) for registers after the final norm, in the picture's own order."""
+        normed: Tensor = self.norm(self.reduction(registers).flatten(1))[0]
+        return normed
 
 
 class VimBlock(nn.Module):
@@ -133,12 +157,10 @@ class Vim(Pretrained):
             partial_patches=config.partial_patches,
         )
         native_grid = self.patch_embedding.grid(*config.resolved_image_size)
-        num_class_tokens = len(class_token_positions(config.readout, 0))
-        self.class_token = (
-            nn.Parameter(torch.empty(1, num_class_tokens, width)) if num_class_tokens else None
-        )
+        num_tokens = num_class_tokens(config)
+        self.class_token = nn.Parameter(torch.empty(1, num_tokens, width)) if num_tokens else None
         self.position_embedding = (
-            PositionEmbedding(native_grid, width, config.readout)
+            PositionEmbedding(native_grid, config)
             if config.position_embedding == "learned"
             else None
         )
@@ -168,6 +190,7 @@ class Vim(Pretrained):
         )
         self.drop_path = DropPath(config.drop_path) if config.drop_path > 0 else nn.Identity()
         self.norm = ResidualNorm(width, kind=config.norm, eps=config.norm_eps)
+        self.register_readout = RegisterReadout(config) if config.readout == "registers" else None
         self.head: nn.Linear | nn.Identity = nn.Identity()
         if config.num_classes:
             self.head = make_head(width, config.num_classes)
@@ -199,7 +222,7 @@ class Vim(Pretrained):
             ValueError: shape or dtype of the pictures is not what the model takes.
         """
         tokens, layout = self._normed_tokens(images)
-        return self._read_out(tokens, layout.positions)
+        return self._read_out(tokens, layout)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return all tokens (B, L, D) after the final norm, class tokens at their places."""
@@ -213,6 +236,8 @@ class Vim(Pretrained):
         kind: FeatureKind | Sequence[FeatureKind] = "residual",
     ) -> list[Tensor]:
         """Return maps (B, D, h, w) after the zero-based blocks `layers`, without class tokens.
+
+        Registers are class tokens here: they are taken out, too.
 
         Args:
             images: (B, in_channels, H, W).
@@ -265,7 +290,7 @@ class Vim(Pretrained):
 
     def _embed(self, images: Tensor) -> tuple[Tensor, SequenceLayout]:
         patches, grid = self.patch_embedding(images)
-        positions = class_token_positions(self.config.readout, patches.shape[1])
+        positions = class_token_positions(self.config, patches.shape[1])
         tokens = patches
         if self.class_token is not None:
             tokens = insert_tokens(patches, self.class_token.to(patches.dtype), positions)
@@ -289,14 +314,18 @@ class Vim(Pretrained):
         recompute = self.activation_checkpointing
         return run_blocks(blocks, branch, residual, layout, self.config, recompute=recompute)
 
-    def _read_out(self, tokens: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """Return logits from normed tokens (B, L, D) whose class tokens stand at `positions`."""
-        readout = self.config.readout
+    def _read_out(self, tokens: Tensor, layout: SequenceLayout) -> Tensor:
+        """Return logits from normed tokens (B, L, D)."""
+        readout, positions = self.config.readout, layout.positions
         if readout == "max":  # published: the head sees every token, then the maximum
             per_token: Tensor = self.head(tokens)
             return per_token.amax(dim=1)
         if readout == "mean":
             read = tokens.mean(dim=1)
+        elif self.register_readout is not None:
+            in_order = positions[::-1] if layout.flipped else positions
+            registers = torch.stack([tokens[:, position] for position in in_order], dim=1)
+            read = self.register_readout(registers)
         elif readout == "last":
             read = tokens[:, -1]
         elif readout == "double":
